@@ -1,0 +1,203 @@
+"""Recipes: everything the project knows about one model, read from ``export/<name>.toml``.
+
+A recipe is frozen on load; whoever needs a pixel constant, a size, a checkpoint address or a
+precision rule reads it here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgesam_deploy.contract import Geometry
+from edgesam_deploy.errors import InputError, RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # Python 3.10: JetPack 6
+    import tomli as tomllib
+
+PACKAGE = Path(__file__).resolve().parent
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where the weights come from.
+
+    file: a path inside the package (``assets/...``), or None when they are downloaded.
+    url, sha256: the publisher's address and the hash the file must have; sha256 guards a packaged file too.
+    sha256_source: who states that hash. size_bytes: for the progress bar and an early check.
+    """
+
+    sha256: str
+    licence: str
+    sha256_source: str
+    file: str | None = None
+    url: str | None = None
+    size_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.file is None) == (self.url is None):
+            raise RecipeError("checkpoint needs exactly one of 'file' (packaged) and 'url' (downloaded)")
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise RecipeError(f"checkpoint.sha256 must be 64 lower-case hex digits, got {self.sha256!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """RGB normalisation constants, in units of uint8 pixel values: (pixel - mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if len(value) != 3 or not all(isinstance(v, int | float) for v in value):
+                raise RecipeError(f"pixels.{name} must be three numbers (R, G, B), got {value!r}")
+        if min(self.std) <= 0:
+            raise RecipeError(f"pixels.std must be positive, got {self.std!r}")
+
+    @property
+    def padding(self) -> tuple[int, int, int]:
+        """The uint8 colour that normalises closest to 0, SAM's padding value."""
+        r, g, b = (round(v) for v in self.mean)
+        return (r, g, b)
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionRules:
+    """What a precision may touch, for one of the two graphs.
+
+    keep: regular expressions; a node whose name or output matches one stays in FP32.
+    """
+
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Rules:
+    """How INT8 is calibrated and where Q/DQ goes; see ``stages.quantize``.
+
+    keep: as in PrecisionRules. depthwise: quantize grouped convolutions too.
+    percentile: share of |activations| that the scale covers; the rest saturates.
+    """
+
+    keep: tuple[str, ...] = ()
+    depthwise: bool = True
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if not 50.0 < self.percentile <= 100.0:
+            raise RecipeError(f"precision.int8.percentile must be in (50, 100], got {self.percentile}")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One model, from checkpoint to thresholds. ``digest`` identifies its content."""
+
+    name: str
+    summary: str
+    architecture: str
+    options: Mapping[str, Any]
+    checkpoint: Checkpoint
+    geometry: Geometry
+    pixels: Pixels
+    opset: int
+    fp16: PrecisionRules
+    int8: Int8Rules
+    min_mask_iou: Mapping[str, float]
+    digest: str = field(compare=False)
+
+    def __post_init__(self) -> None:
+        if not 17 <= self.opset <= 20:
+            raise RecipeError(
+                f"recipe {self.name}: export.opset must be 17..20 (fused LayerNormalization needs 17, "
+                f"TensorRT 10.3 reads up to 20), got {self.opset}"
+            )
+        for precision in PRECISIONS:
+            value = self.min_mask_iou.get(precision)
+            if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+                raise RecipeError(
+                    f"recipe {self.name}: verify.min_mask_iou.{precision} must be a number in 0..1, got {value!r}"
+                )
+
+
+def data_folder(kind: str) -> Path:
+    """The folder of ``export`` or ``engines`` TOMLs: inside an installed package, or beside it in a checkout."""
+    installed = PACKAGE / kind
+    return installed if installed.is_dir() else PACKAGE.parent / kind
+
+
+def available_recipes() -> tuple[str, ...]:
+    """Names of the shipped recipes, sorted."""
+    return tuple(sorted(p.stem for p in data_folder("export").glob("*.toml")))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A shipped recipe by name, or any recipe by the path of its TOML file.
+
+    Raises RecipeError for an unknown name and for a file that does not validate.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = data_folder("export") / f"{name_or_path}.toml"
+        if str(name_or_path) not in available_recipes():
+            raise RecipeError(
+                f"unknown recipe '{name_or_path}': expected one of {', '.join(available_recipes())}, "
+                "or the path of a .toml file"
+            )
+    return parse_recipe(read_toml(path), path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file; RecipeError names the file and what is wrong with it."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
+    """Validate the parsed TOML of one recipe. ``path`` is for messages only."""
+    try:
+        model, precision = dict(raw["model"]), dict(raw.get("precision", {}))
+        return Recipe(
+            name=str(raw["name"]),
+            summary=str(raw["summary"]),
+            architecture=str(model.pop("architecture")),
+            options=model,
+            checkpoint=_build(Checkpoint, raw["checkpoint"]),
+            geometry=_build(Geometry, raw["geometry"]),
+            pixels=_build(Pixels, raw["pixels"]),
+            opset=int(raw["export"]["opset"]),
+            fp16=_build(PrecisionRules, precision.get("fp16", {})),
+            int8=_build(Int8Rules, precision.get("int8", {})),
+            min_mask_iou=dict(raw["verify"]["min_mask_iou"]),
+            digest=_digest(raw),
+        )
+    except KeyError as error:
+        raise RecipeError(f"recipe {path}: the entry {error} is missing") from error
+    except (TypeError, ValueError, InputError) as error:
+        raise RecipeError(f"recipe {path}: {error}") from error
+
+
+def _build(cls: type[Any], raw: Mapping[str, Any]) -> Any:
+    unknown = set(raw) - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise RecipeError(f"unknown entries {sorted(unknown)} for {cls.__name__.lower()}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+def _digest(raw: Mapping[str, Any]) -> str:
+    """sha256 of the content, so that comments and layout do not count as a change."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()

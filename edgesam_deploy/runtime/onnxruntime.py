@@ -1,0 +1,80 @@
+"""ONNX Runtime on the CPU: the default backend, used wherever there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgesam_deploy.contract import GraphContract, TensorSpec
+from edgesam_deploy.errors import BackendError, GraphError, InputError, MissingExtraError
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise MissingExtraError("onnxruntime", "cpu") from error
+
+PROVIDER = "CPUExecutionProvider"
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+
+
+class OnnxRuntimeSession:
+    """One graph in one ``InferenceSession``. ``run`` may be called from several threads at once."""
+
+    def __init__(self, graph: Path, threads: int | None = None) -> None:
+        """threads: None means one per core this process may use. Raises GraphError for a graph it cannot load."""
+        self.graph = graph
+        self.threads = threads if threads is not None else len(os.sched_getaffinity(0))
+        if self.threads < 1:
+            raise InputError(f"threads must be at least 1, got {self.threads}")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only: graph optimisation warns about things that are meant
+        if not graph.is_file() or graph.stat().st_size == 0:
+            raise GraphError(f"{graph} is missing or empty; expected an ONNX graph. Build the bundle again")
+        try:
+            self._session: Any = ort.InferenceSession(str(graph), options, providers=[PROVIDER])
+        except Exception as error:  # onnxruntime raises its own unexported classes
+            raise GraphError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {_first_line(error)}") from error
+        self.provider = self._session.get_providers()[0]
+        if self.provider != PROVIDER:
+            raise BackendError(f"asked ONNX Runtime for {PROVIDER}, it runs on {self.provider}")
+        self._outputs = [o.name for o in self._session.get_outputs()]
+
+    def __enter__(self) -> OnnxRuntimeSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None
+
+    def specs(self) -> GraphContract:
+        session = self._session
+        return GraphContract(
+            tuple(_spec(i) for i in session.get_inputs()), tuple(_spec(o) for o in session.get_outputs())
+        )
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        if self._session is None:
+            raise BackendError(f"the session of {self.graph} is closed")
+        try:
+            results = self._session.run(self._outputs, dict(feeds))
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed to run {self.graph.name}: {_first_line(error)}") from error
+        return {name: np.asarray(value) for name, value in zip(self._outputs, results, strict=True)}
+
+
+def _spec(node: Any) -> TensorSpec:
+    shape = tuple(d if isinstance(d, int) else str(d) for d in node.shape)
+    return TensorSpec(node.name, _DTYPES.get(node.type, node.type), shape)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

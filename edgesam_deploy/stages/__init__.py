@@ -1,0 +1,1 @@
+"""The stages between a checkpoint and a bundle: each a function from file to file."""

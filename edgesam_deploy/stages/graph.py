@@ -1,0 +1,138 @@
+"""ONNX files as the stages read and write them, and the rules every graph keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+
+from edgesam_deploy.contract import POINT_COORDS, POINT_LABELS
+from edgesam_deploy.errors import GraphError
+from edgesam_deploy.files import write_bytes
+from edgesam_deploy.runtime import open_session
+
+# onnxruntime 1.23, the last with Python 3.10 wheels, reads no higher.
+MAX_IR_VERSION = 10
+PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
+PRODUCER = "edgesam-deploy"
+# Relative to the largest |output|: what re-ordering float32 sums may change.
+AGREEMENT = 1e-4
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """Read and check an ONNX file. Raises GraphError for a missing, empty, truncated or invalid one."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise GraphError(f"cannot read the ONNX graph {path}: {error.strerror or error}") from error
+    if not data:
+        raise GraphError(f"{path} is empty; expected an ONNX graph. Run the stage that makes it again")
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+        onnx.checker.check_model(model)
+    except (DecodeError, onnx.checker.ValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise GraphError(
+            f"{path} is not a valid ONNX graph (truncated or damaged): {reason}. Run the stage that makes it again"
+        ) from error
+    if not model.graph.node:
+        raise GraphError(f"{path} is an ONNX file without a graph. Run the stage that makes it again")
+    return model
+
+
+def save(model: onnx.ModelProto, path: Path, origin: Mapping[str, str]) -> None:
+    """Write a graph whole or not at all, with its origin as metadata and nothing of the machine that made it.
+
+    Exporters leave stack traces with local paths in the node metadata; they are dropped.
+    """
+    strip(model)
+    model.producer_name = PRODUCER
+    model.ir_version = min(model.ir_version, MAX_IR_VERSION)
+    for key, value in sorted(origin.items()):
+        model.metadata_props.add(key=key, value=value)
+    if model.ByteSize() > PROTOBUF_LIMIT_BYTES:
+        raise GraphError(f"{path.name} would be over 2 GB, which one ONNX file cannot hold; use a smaller model")
+    write_bytes(path, model.SerializeToString(deterministic=True))
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Drop metadata, doc strings and intermediate shapes; in place."""
+    del model.metadata_props[:]
+    model.doc_string = model.graph.doc_string = ""
+    del model.graph.value_info[:]
+    del model.graph.metadata_props[:]
+    for item in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        del item.metadata_props[:]
+        item.doc_string = ""
+
+
+def foreign_nodes(model: onnx.ModelProto) -> list[str]:
+    """Operators outside the default ONNX domain, which TensorRT's parser refuses; empty if there is none."""
+    return sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain not in ("", "ai.onnx")})
+
+
+def constants(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
+    """Initializers by name, as arrays."""
+    return {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+
+
+def consumers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """Nodes that read a tensor, by tensor name."""
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    return users
+
+
+def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """The node that writes a tensor, by tensor name."""
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def example_feeds(model: onnx.ModelProto, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
+    """Seeded inputs of plausible size: dynamic axes get 2 prompts of 3 points, labels and images their own range."""
+    rng = np.random.default_rng(seed)
+    names = [i.name for i in model.graph.initializer]
+    feeds: dict[str, npt.NDArray[Any]] = {}
+    for spec in model.graph.input:
+        if spec.name in names:
+            continue
+        tensor = spec.type.tensor_type
+        free = iter((2, 3))
+        shape = [d.dim_value if d.HasField("dim_value") else next(free) for d in tensor.shape.dim]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        if dtype == np.uint8:
+            feeds[spec.name] = rng.integers(0, 256, shape, dtype=np.uint8)
+        elif spec.name == POINT_LABELS:
+            feeds[spec.name] = rng.integers(-1, 4, shape).astype(dtype)
+        else:
+            size = 200.0 if spec.name == POINT_COORDS else 1.0
+            feeds[spec.name] = (rng.random(shape) * size).astype(dtype)
+    return feeds
+
+
+def disagreement(first: Path, second: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> float:
+    """Largest |difference| of any output, relative to that output's largest |value|; inf where one is not finite."""
+    with open_session(first) as a, open_session(second) as b:
+        return relative_error(a.run(feeds), b.run(feeds))
+
+
+def relative_error(expected: Mapping[str, npt.NDArray[Any]], got: Mapping[str, npt.NDArray[Any]]) -> float:
+    """max over outputs of max|got - expected| / max|expected|; inf for other names, shapes or a value not finite."""
+    if set(expected) != set(got):
+        return float("inf")
+    worst = 0.0
+    for name, want in expected.items():
+        have = got[name]
+        if have.shape != want.shape or not np.isfinite(have).all():
+            return float("inf")
+        worst = max(worst, float(np.abs(have - want).max() / max(float(np.abs(want).max()), 1e-12)))
+    return worst

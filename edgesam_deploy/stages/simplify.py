@@ -1,0 +1,164 @@
+"""Stage 2: fold what can be folded. onnxsim first; whatever it returns is accepted only if it proves itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from edgesam_deploy.errors import GraphError
+from edgesam_deploy.files import TEMPORARY_PREFIX, sha256_file
+from edgesam_deploy.stages import graph as graphs
+
+
+@dataclass(frozen=True, slots=True)
+class SimplifyResult:
+    """tool: the simplifier that was accepted. rejected: those tried before it, each with the reason.
+
+    max_error: output difference to the input graph, relative (graph.relative_error).
+    """
+
+    output: Path
+    tool: str
+    rejected: tuple[str, ...]
+    nodes_before: int
+    nodes_after: int
+    max_error: float
+
+
+def simplify(source: Path, output: Path) -> SimplifyResult:
+    """Simplify ``source`` into ``output``.
+
+    A simplifier's answer is accepted if every operator is in the default ONNX domain (onnxsim plants
+    com.microsoft::Attention in SAM decoders, which TensorRT refuses), it has no more nodes than before, and its
+    outputs agree with the input graph; otherwise the next one is tried. Raises GraphError when none passes.
+    """
+    before = graphs.load(source)
+    rejected: list[str] = []
+    for tool, run in _TOOLS.items():
+        try:
+            candidate = run(source)
+        except Exception as error:  # three third-party tools, each with its own exceptions
+            rejected.append(f"{tool}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
+            continue
+        fold_affine_after_relu(candidate)
+        fault, error_size = _judge(source, before, candidate, output.parent)
+        if fault:
+            rejected.append(f"{tool}: {fault}")
+            continue
+        graphs.save(candidate, output, {"stage": "simplify", "tool": tool, "parent_sha256": sha256_file(source)})
+        nodes = (len(before.graph.node), len(candidate.graph.node))
+        return SimplifyResult(output, tool, tuple(rejected), *nodes, error_size)
+    raise GraphError(f"no simplifier gave an acceptable graph for {source}: {'; '.join(rejected)}")
+
+
+def fold_affine_after_relu(model: onnx.ModelProto) -> int:
+    """Rewrite Conv -> Relu -> Mul(s) -> Add(b), s > 0 and b scalar, as Conv' -> Clip(min=b); how many were.
+
+    HGNetV2's learnable affine block. s * relu(y) + b = max(s*y + b, b) holds exactly, s and b go into the
+    convolution, and what is left between two convolutions is an operator that integer kernels can absorb.
+    """
+    values, users, made_by = graphs.constants(model), graphs.consumers(model), graphs.producers(model)
+    outputs = {o.name for o in model.graph.output}
+    folded = 0
+    for add in [n for n in model.graph.node if n.op_type == "Add"]:
+        chain = _affine_chain(add, values, users, made_by, outputs)
+        if chain is None:
+            continue
+        conv, relu, mul, scale, shift = chain
+        _scale_conv(model, conv, values, scale, shift)
+        low = f"{add.output[0]}_min"
+        model.graph.initializer.append(numpy_helper.from_array(np.array(shift, dtype=np.float32), low))
+        clip = helper.make_node("Clip", [conv.output[0], low], [add.output[0]], name=f"{relu.name}_affine")
+        model.graph.node.insert(list(model.graph.node).index(add), clip)
+        for node in (add, mul, relu):
+            model.graph.node.remove(node)
+        folded += 1
+    _drop_unused_initializers(model)
+    return folded
+
+
+def _affine_chain(
+    add: onnx.NodeProto, values: dict[str, Any], users: dict[str, Any], made_by: dict[str, Any], outputs: set[str]
+) -> tuple[onnx.NodeProto, onnx.NodeProto, onnx.NodeProto, float, float] | None:
+    """The Conv, Relu, Mul before ``add`` with their scalars, if they form the pattern and nobody else reads between."""
+    shift, tensor = _scalar_operand(add, values)
+    mul = made_by.get(tensor)
+    if shift is None or mul is None or mul.op_type != "Mul":
+        return None
+    scale, tensor = _scalar_operand(mul, values)
+    relu = made_by.get(tensor)
+    if scale is None or scale <= 0 or relu is None or relu.op_type != "Relu":
+        return None
+    conv = made_by.get(relu.input[0])
+    if conv is None or conv.op_type != "Conv" or len(conv.input) < 3 or not {*conv.input[1:]} <= set(values):
+        return None
+    between = [conv.output[0], relu.output[0], mul.output[0]]
+    if any(len(users[name]) != 1 or name in outputs for name in between):
+        return None
+    return conv, relu, mul, scale, shift
+
+
+def _scalar_operand(node: onnx.NodeProto, values: dict[str, Any]) -> tuple[float | None, str]:
+    """(the constant scalar operand or None, the name of the other operand)."""
+    for constant, other in (node.input, reversed(node.input)):
+        if constant in values and values[constant].size == 1:
+            return float(values[constant].reshape(())), other
+    return None, ""
+
+
+def _scale_conv(
+    model: onnx.ModelProto, conv: onnx.NodeProto, values: dict[str, Any], scale: float, shift: float
+) -> None:
+    weight, bias = values[conv.input[1]], values[conv.input[2]]
+    for index, array in ((1, weight * scale), (2, bias * scale + shift)):
+        name = f"{conv.input[index]}_affine"
+        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+        conv.input[index] = name
+
+
+def _drop_unused_initializers(model: onnx.ModelProto) -> None:
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [i for i in model.graph.initializer if i.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def _judge(source: Path, before: onnx.ModelProto, candidate: onnx.ModelProto, folder: Path) -> tuple[str, float]:
+    """(the fault, or an empty string; the relative output difference)."""
+    if foreign := graphs.foreign_nodes(candidate):
+        return f"planted {', '.join(foreign)}", float("nan")
+    if len(candidate.graph.node) > len(before.graph.node):
+        return f"grew the graph from {len(before.graph.node)} to {len(candidate.graph.node)} nodes", float("nan")
+    trial = folder / f"{TEMPORARY_PREFIX}candidate.onnx"
+    try:
+        graphs.save(candidate, trial, {})
+        error = graphs.disagreement(source, trial, graphs.example_feeds(before))
+    finally:
+        trial.unlink(missing_ok=True)
+    return (f"outputs moved by {error:.2g}" if error > graphs.AGREEMENT else ""), error
+
+
+def _onnxsim(source: Path, optimize: bool) -> onnx.ModelProto:
+    import onnxsim
+
+    model, _ = onnxsim.simplify(graphs.load(source), perform_optimization=optimize)
+    return model
+
+
+def _onnxslim(source: Path) -> onnx.ModelProto:
+    import onnxslim
+
+    return onnxslim.slim(graphs.load(source))
+
+
+_TOOLS: dict[str, Callable[[Path], onnx.ModelProto]] = {
+    "onnxsim": lambda source: _onnxsim(source, optimize=True),
+    "onnxsim without optimizer passes": lambda source: _onnxsim(source, optimize=False),
+    "onnxslim": _onnxslim,
+}
