@@ -20,6 +20,9 @@ except ImportError as error:
     raise MissingExtraError("onnxruntime", "cpu") from error
 
 PROVIDER = "CPUExecutionProvider"
+# Pad_Fusion folds a zero Pad into MaxPool, whose own padding is -inf: wrong wherever values are negative, as in the
+# stem of HGNetV2 (seen with onnxruntime 1.31; onnxsim's issue 290 is the same mistake in another tool).
+DISABLED_OPTIMIZERS = ["Pad_Fusion"]
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
 
 
@@ -39,7 +42,9 @@ class OnnxRuntimeSession:
         if not graph.is_file() or graph.stat().st_size == 0:
             raise GraphError(f"{graph} is missing or empty; expected an ONNX graph. Build the bundle again")
         try:
-            self._session: Any = ort.InferenceSession(str(graph), options, providers=[PROVIDER])
+            self._session: Any = ort.InferenceSession(
+                str(graph), options, providers=[PROVIDER], disabled_optimizers=DISABLED_OPTIMIZERS
+            )
         except Exception as error:  # onnxruntime raises its own unexported classes
             raise GraphError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {_first_line(error)}") from error
         self.provider = self._session.get_providers()[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,41 @@ def constants(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
     return {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
 
 
+def drop_unused_constants(model: onnx.ModelProto) -> None:
+    """Remove initializers that no node reads; in place."""
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [i for i in model.graph.initializer if i.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def sort_nodes(model: onnx.ModelProto) -> None:
+    """Put nodes in topological order, otherwise as they stand; in place. Passes may append nodes anywhere before."""
+    made_by = producers(model)
+    ordered: list[onnx.NodeProto] = []
+    done: set[str] = set()
+    for root in model.graph.node:
+        waiting = [root]
+        while waiting:
+            node = waiting[-1]
+            missing = [made_by[n] for n in node.input if n in made_by and n not in done]
+            if missing:
+                waiting += missing
+                continue
+            waiting.pop()
+            if not done.issuperset(node.output):
+                done.update(node.output)
+                ordered.append(node)
+    replace_nodes(model, ordered)
+
+
+def replace_nodes(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Make ``nodes`` the graph's nodes; they may be the graph's own."""
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+
+
 def consumers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     """Nodes that read a tensor, by tensor name."""
     users: dict[str, list[onnx.NodeProto]] = {}
@@ -110,13 +145,21 @@ def example_feeds(model: onnx.ModelProto, seed: int = 0) -> dict[str, npt.NDArra
         shape = [d.dim_value if d.HasField("dim_value") else next(free) for d in tensor.shape.dim]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         if dtype == np.uint8:
-            feeds[spec.name] = rng.integers(0, 256, shape, dtype=np.uint8)
+            feeds[spec.name] = _blocks(rng, shape)
         elif spec.name == POINT_LABELS:
             feeds[spec.name] = rng.integers(-1, 4, shape).astype(dtype)
         else:
             size = 200.0 if spec.name == POINT_COORDS else 1.0
             feeds[spec.name] = (rng.random(shape) * size).astype(dtype)
     return feeds
+
+
+def _blocks(rng: np.random.Generator, shape: list[int]) -> npt.NDArray[np.uint8]:
+    """A picture of coloured blocks with some noise: edges and flat areas, as photographs have."""
+    side = -(-shape[-1] // 8)
+    coarse = rng.integers(0, 232, (*shape[:-2], 8, 8))
+    picture = np.kron(coarse, np.ones((side, side), dtype=np.int64))[..., : shape[-2], : shape[-1]]
+    return (picture + rng.integers(0, 24, shape)).astype(np.uint8)
 
 
 def disagreement(first: Path, second: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> float:

@@ -79,7 +79,7 @@ def fold_affine_after_relu(model: onnx.ModelProto) -> int:
         for node in (add, mul, relu):
             model.graph.node.remove(node)
         folded += 1
-    _drop_unused_initializers(model)
+    graphs.drop_unused_constants(model)
     return folded
 
 
@@ -120,13 +120,6 @@ def _scale_conv(
         name = f"{conv.input[index]}_affine"
         model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
         conv.input[index] = name
-
-
-def _drop_unused_initializers(model: onnx.ModelProto) -> None:
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [i for i in model.graph.initializer if i.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
 
 
 def _judge(source: Path, before: onnx.ModelProto, candidate: onnx.ModelProto, folder: Path) -> tuple[str, float]:

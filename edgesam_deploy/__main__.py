@@ -1,0 +1,5 @@
+"""``python -m edgesam_deploy`` is ``sam-export``."""
+
+from edgesam_deploy.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""Bundles: the folder that a build makes and a runtime loads.
+
+    encoder.onnx  decoder.onnx   the two graphs (contract.py)
+    manifest.json                schema, hashes, origin, geometry, image constants, results
+    verify/                      images and answers.npz, the PyTorch FP32 model's answers (measure.accuracy)
+
+``load_bundle`` reads the manifest and compares every file's hash; what it returns was neither cut nor changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesam_deploy.contract import Geometry, contracts
+from edgesam_deploy.errors import BundleError, InputError
+from edgesam_deploy.files import sha256_file
+from edgesam_deploy.recipe import PACKAGE, PRECISIONS, Pixels
+
+if TYPE_CHECKING:
+    from edgesam_deploy.predictor import Predictor
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+GRAPHS = ("encoder", "decoder")
+ANSWERS = "verify/answers.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A loaded, intact bundle. manifest: its JSON as it stands, for origin and results."""
+
+    path: Path
+    recipe: str
+    precision: str
+    target: str
+    geometry: Geometry
+    pixels: Pixels
+    verified: bool
+    manifest: Mapping[str, Any]
+
+    def graph(self, name: str) -> Path:
+        """The file of ``encoder`` or ``decoder``."""
+        return self.path / f"{name}.onnx"
+
+    @property
+    def backend(self) -> str:
+        return str(self.manifest["backend"])
+
+    @contextmanager
+    def open(self, threads: int | None = None) -> Iterator[Predictor]:
+        """A Predictor on this bundle's backend; sessions are freed on exit. threads: None for all cores.
+
+        Raises BundleError if a graph's inputs or outputs are not those of the contract.
+        """
+        with open_graphs({name: self.graph(name) for name in GRAPHS}, self, threads) as predictor:
+            yield predictor
+
+
+@contextmanager
+def open_graphs(graphs: Mapping[str, Path], bundle: Bundle, threads: int | None = None) -> Iterator[Predictor]:
+    """A Predictor on given ``encoder`` and ``decoder`` files with the bundle's geometry, pixels and backend."""
+    from edgesam_deploy.predictor import Predictor
+    from edgesam_deploy.runtime import open_session
+
+    expected = contracts(bundle.geometry)
+    with ExitStack() as stack:
+        sessions = {}
+        for name in GRAPHS:
+            session = stack.enter_context(open_session(graphs[name], bundle.backend, threads))
+            if session.specs() != expected[name]:
+                raise BundleError(
+                    f"{graphs[name]} has other inputs or outputs than manifest.json says: expected {expected[name]}, "
+                    f"found {session.specs()}. Build the bundle again"
+                )
+            sessions[name] = session
+        yield Predictor(sessions["encoder"], sessions["decoder"], bundle.geometry, bundle.pixels)
+
+
+def shipped_bundle() -> Path:
+    """The folder of the INT8 reference bundle inside the package."""
+    return PACKAGE / "assets" / "bundles" / "reference-int8"
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Load a bundle folder after checking its schema and the hash of every file.
+
+    Raises BundleError naming the file that is missing, altered or of another schema.
+    """
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise BundleError(f"{folder / MANIFEST} names a file outside the bundle: {name}")
+        if not file.is_file():
+            raise BundleError(f"bundle {folder} is incomplete: {name} is missing. Build it again or copy it whole")
+        found = sha256_file(file)
+        if found != entry["sha256"]:
+            raise BundleError(
+                f"bundle {folder} is broken: {name} has sha256 {found}, its manifest says {entry['sha256']}. "
+                "Build it again or copy it whole"
+            )
+    return parse_manifest(manifest, folder)
+
+
+def parse_manifest(manifest: Mapping[str, Any], folder: Path) -> Bundle:
+    """The Bundle that a manifest describes; nothing but the manifest is looked at."""
+    try:
+        if manifest["precision"] not in PRECISIONS:
+            raise BundleError(f"bundle {folder}: unknown precision {manifest['precision']!r}, expected {PRECISIONS}")
+        missing = [f"{name}.onnx" for name in GRAPHS if f"{name}.onnx" not in manifest["files"]]
+        if missing:
+            raise BundleError(f"bundle {folder}: its manifest lists no {' and no '.join(missing)}")
+        pixels = manifest["pixels"]
+        return Bundle(
+            path=folder,
+            recipe=str(manifest["recipe"]["name"]),
+            precision=str(manifest["precision"]),
+            target=str(manifest["target"]),
+            geometry=Geometry(**manifest["geometry"]),
+            pixels=Pixels(mean=tuple(pixels["mean"]), std=tuple(pixels["std"])),
+            verified=bool(manifest["verified"]),
+            manifest=manifest,
+        )
+    except (KeyError, TypeError, InputError) as error:
+        raise BundleError(f"{folder / MANIFEST} lacks or garbles an entry: {error}. Build the bundle again") from error
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}. Give the folder that `sam-export build` made"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is not readable JSON: {error}. Build the bundle again") from error
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if not isinstance(schema, int) or not isinstance(manifest.get("files"), dict):
+        raise BundleError(f"{path} is not a bundle manifest. Build the bundle again")
+    if schema != SCHEMA:
+        cure = "upgrade edgesam-deploy" if schema > SCHEMA else "build the bundle again"
+        raise BundleError(f"{path} has schema {schema}, this version reads schema {SCHEMA}: {cure}")
+    return manifest

@@ -1,0 +1,116 @@
+"""The two modules that are exported: SAM's parts rearranged so that the graph is one TensorRT accepts.
+
+Numerically they are segment-anything's ``ImageEncoder`` behind ``Sam.preprocess`` and its ``PromptEncoder`` plus
+``MaskDecoder``; what differs is only how the same sums are written (no ``repeat_interleave``, no original size, one
+fused LayerNormalization per norm).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from segment_anything.modeling import Sam
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgesam_deploy.contract import LABEL_PADDING
+
+
+class FusedLayerNorm2d(nn.Module):
+    """SAM's channels-first LayerNorm2d as transpose, LayerNormalization, transpose.
+
+    (B,C,H,W) -> (B,C,H,W). Written out as mean, power and division it overflows in FP16; ONNX has one node for it.
+    """
+
+    def __init__(self, norm: LayerNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+        return y.permute(0, 3, 1, 2)
+
+
+class EncoderGraph(nn.Module):
+    """image (1,3,S,S) uint8 RGB -> image_embeddings (1,C,E,E) float32; the normalisation is part of the graph."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.image_encoder = _with_fused_norms(sam.image_encoder)
+        self.register_buffer("scale", 1.0 / sam.pixel_std[None])
+        self.register_buffer("shift", -sam.pixel_mean[None] / sam.pixel_std[None])
+
+    def forward(self, image: Tensor) -> Tensor:
+        normalised = image.to(torch.float32) * cast(Tensor, self.scale) + cast(Tensor, self.shift)
+        return cast(Tensor, self.image_encoder(normalised))
+
+
+class DecoderGraph(nn.Module):
+    """Prompt encoder and mask decoder; inputs, outputs and frames as in ``contract.decoder_contract``."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.prompt_encoder = _with_fused_norms(sam.prompt_encoder)
+        self.mask_decoder = _with_fused_norms(sam.mask_decoder)
+        prompt_size = sam.prompt_encoder.input_image_size
+        if prompt_size[0] != prompt_size[1]:
+            raise ValueError(f"the model frame must be square, got {prompt_size}")
+        self.prompt_size = float(prompt_size[0])
+        self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe().detach().clone())
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        has_mask_input: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        sparse = self._embed_points(point_coords, point_labels)
+        dense = self._embed_mask(mask_input, has_mask_input)
+        return self._predict_masks(image_embeddings + dense, sparse)
+
+    def _embed_points(self, coords: Tensor, labels: Tensor) -> Tensor:
+        """(B,N,2), (B,N) -> (B,N,C): Fourier features of the position plus a learned vector per label."""
+        encoder = self.prompt_encoder
+        # + 0.5 moves from pixel corners to pixel centres (PromptEncoder._embed_points).
+        features = encoder.pe_layer._pe_encoding((coords + 0.5) / self.prompt_size)
+        label = labels.unsqueeze(-1)
+        is_padding = (label == LABEL_PADDING).to(features.dtype)
+        embedding = features * (1.0 - is_padding) + encoder.not_a_point_embed.weight * is_padding
+        for value, vector in enumerate(encoder.point_embeddings):
+            embedding = embedding + vector.weight * (label == value).to(features.dtype)
+        return cast(Tensor, embedding)
+
+    def _embed_mask(self, mask_input: Tensor, has_mask_input: Tensor) -> Tensor:
+        """(B,1,4E,4E), (1,) -> (B,C,E,E); without a mask, one learned vector everywhere."""
+        encoder = self.prompt_encoder
+        absent = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        given = encoder.mask_downscaling(mask_input)
+        return cast(Tensor, has_mask_input * given + (1.0 - has_mask_input) * absent)
+
+    def _predict_masks(self, source: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+        """``MaskDecoder.predict_masks`` with the batch made by broadcasting instead of ``repeat_interleave``."""
+        decoder = self.mask_decoder
+        learned = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([learned.unsqueeze(0).expand(sparse.shape[0], -1, -1), sparse], dim=1)
+        attended, keys = decoder.transformer(source, self.image_pe, tokens)
+        upscaled = decoder.output_upscaling(keys.transpose(1, 2).reshape(source.shape))
+        weights = torch.stack(
+            [mlp(attended[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1
+        )
+        masks = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        return masks, decoder.iou_prediction_head(attended[:, 0])
+
+
+def _with_fused_norms(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` in which every LayerNorm2d is a FusedLayerNorm2d with the same weights."""
+    copied = copy.deepcopy(module)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LayerNorm2d):
+                setattr(parent, name, FusedLayerNorm2d(child))
+    return copied

@@ -1,0 +1,106 @@
+"""Stage 3 for FP16: a typed half-precision graph, and its FP32 emulation in which rounding and overflow are real.
+
+ONNX Runtime's CPU provider has few half kernels: it wraps nodes in casts and removes the pairs between them, so whole
+chains run in FP32 and an overflow never shows. The emulated graph does the arithmetic in FP32 but rounds every tensor
+that is half on the device through FP16, so that it overflows to infinity where the device does.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgesam_deploy.errors import InputError
+from edgesam_deploy.files import sha256_file
+from edgesam_deploy.recipe import PrecisionRules
+from edgesam_deploy.stages import graph as graphs
+
+
+@dataclass(frozen=True, slots=True)
+class Fp16Result:
+    """half: nodes that compute in FP16, of ``nodes``."""
+
+    output: Path
+    half: int
+    nodes: int
+
+
+def convert_to_fp16(source: Path, rules: PrecisionRules, output: Path) -> Fp16Result:
+    """Convert an FP32 graph to FP16 with FP32 inputs and outputs.
+
+    Point encoding (all that leads to Sin and Cos) stays FP32: half coordinates step by half a pixel between 512 and
+    1024 before they pass through sine and cosine. So does what the recipe's ``precision.fp16.keep`` names.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = graphs.load(source)
+    keep = _point_encoding(model) | _named(model, rules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights below half's smallest number: they round to 0, as on the device
+        half = convert_float_to_float16(
+            onnx.shape_inference.infer_shapes(model), keep_io_types=True, node_block_list=sorted(keep), op_block_list=[]
+        )
+    graphs.sort_nodes(half)
+    graphs.save(half, output, {"stage": "fp16", "parent_sha256": sha256_file(source)})
+    types = _tensor_types(half)
+    count = sum(any(types.get(o) == TensorProto.FLOAT16 for o in n.output) for n in half.graph.node)
+    return Fp16Result(output, count, len(half.graph.node))
+
+
+def emulate_fp16(source: Path, output: Path) -> Path:
+    """Write the FP32 emulation of a typed FP16 graph: every half tensor is rounded through FP16 and read back."""
+    model = graphs.load(source)
+    half = {name for name, kind in _tensor_types(model).items() if kind == TensorProto.FLOAT16}
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            value = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type == "Cast" and node.output[0] in half:
+            node.attribute[0].i = TensorProto.FLOAT
+        for index, name in enumerate(node.output):
+            if name in half:
+                node.output[index] = f"{name}:exact"
+                nodes.append(_cast(f"{name}:exact", f"{name}:half", TensorProto.FLOAT16))
+                nodes.append(_cast(f"{name}:half", name, TensorProto.FLOAT))
+    graphs.replace_nodes(model, nodes)
+    graphs.save(model, output, {"stage": "emulate_fp16", "parent_sha256": sha256_file(source)})
+    return output
+
+
+def _cast(source: str, output: str, to: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [output], name=f"{output}:cast", to=to)
+
+
+def _tensor_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Element type by tensor name, for everything shape inference can tell."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    return {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *inferred.graph.output)}
+
+
+def _point_encoding(model: onnx.ModelProto) -> set[str]:
+    """Names of the Sin and Cos nodes and of every node they depend on."""
+    made_by = graphs.producers(model)
+    found: dict[str, onnx.NodeProto] = {}
+    waiting = [n for n in model.graph.node if n.op_type in ("Sin", "Cos")]
+    while waiting:
+        node = waiting.pop()
+        if node.name not in found:
+            found[node.name] = node
+            waiting += [made_by[name] for name in node.input if name in made_by]
+    return set(found)
+
+
+def _named(model: onnx.ModelProto, rules: PrecisionRules) -> set[str]:
+    try:
+        return {n.name for n in model.graph.node for pattern in rules.keep if re.search(pattern, n.name)}
+    except re.error as error:
+        raise InputError(f"precision.fp16.keep holds an invalid regular expression: {error}") from error

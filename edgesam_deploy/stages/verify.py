@@ -1,0 +1,52 @@
+"""Last stage: compare a bundle's masks with the PyTorch FP32 model's. Needs neither torch nor, but for FP16, onnx."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgesam_deploy.bundle import ANSWERS, GRAPHS, Bundle, open_graphs
+from edgesam_deploy.errors import BundleError, MissingExtraError
+from edgesam_deploy.measure.accuracy import AccuracyResult, Answers, compare, load_answers
+from edgesam_deploy.predictor import Predictor
+
+EMULATED = "emulated fp16"
+
+
+def verify(
+    bundle: Bundle,
+    answers: Answers | None = None,
+    folder: Path | None = None,
+    threads: int | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> AccuracyResult:
+    """Measure a bundle against recorded answers: its own, or given ones about images in ``folder``.
+
+    An FP16 bundle on ONNX Runtime is measured by its FP32 emulation (``stages.fp16``), since the CPU provider hides
+    half precision's faults. Raises BundleError if the bundle carries no answers.
+    """
+    if answers is None:
+        if ANSWERS not in bundle.manifest["files"]:
+            raise BundleError(f"bundle {bundle.path} carries no {ANSWERS}; give images with --images DIR")
+        answers, folder = load_answers(bundle.path / ANSWERS), bundle.path / "verify"
+    with witness(bundle, threads) as (predictor, name):
+        return compare(predictor, answers, folder or bundle.path / "verify", name, progress)
+
+
+@contextmanager
+def witness(bundle: Bundle, threads: int | None = None) -> Iterator[tuple[Predictor, str]]:
+    """(a Predictor whose arithmetic is the device's, what it is)."""
+    if bundle.precision != "fp16" or bundle.backend != "onnxruntime":
+        with bundle.open(threads) as predictor:
+            yield predictor, bundle.backend
+        return
+    try:
+        from edgesam_deploy.stages.fp16 import emulate_fp16
+    except ImportError as error:
+        raise MissingExtraError("onnx", "export") from error
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = {name: emulate_fp16(bundle.graph(name), Path(folder) / f"{name}.onnx") for name in GRAPHS}
+        with open_graphs(graphs, bundle, threads) as predictor:
+            yield predictor, EMULATED
