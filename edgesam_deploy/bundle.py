@@ -138,7 +138,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is not a bundle: it has no {MANIFEST}. Give the folder that `sam-export build` made"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} is not readable JSON: {error}. Build the bundle again") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None

@@ -25,7 +25,8 @@ def upscale_logits(
     rows = _axis_matrix(side_y, image_size, input_hw[0], original_hw[0])
     cols = _axis_matrix(side_x, image_size, input_hw[1], original_hw[1])
     wide = np.matmul(low_res.astype(np.float32, copy=False), cols.T)
-    return np.matmul(rows, wide)
+    upscaled: npt.NDArray[np.float32] = np.matmul(rows, wide)
+    return upscaled
 
 
 def mask_iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:

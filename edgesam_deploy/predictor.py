@@ -112,9 +112,7 @@ class Predictor:
         rgb = image if image_format == "RGB" else np.ascontiguousarray(image[..., ::-1])
         return {contract.IMAGE: to_encoder_input(rgb, self.geometry.image_size, self.pixels.padding)}
 
-    def postprocess(
-        self, low_res: npt.NDArray[np.float32], original_hw: tuple[int, int]
-    ) -> npt.NDArray[np.float32]:
+    def postprocess(self, low_res: npt.NDArray[np.float32], original_hw: tuple[int, int]) -> npt.NDArray[np.float32]:
         """(B,M,4E,4E) logits -> (B,M,H,W) logits in the original frame."""
         return upscale_logits(low_res, original_hw, self.geometry.image_size)
 

@@ -160,11 +160,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file; RecipeError names the file and what is wrong with it."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        parsed: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
+    return parsed
 
 
 def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:

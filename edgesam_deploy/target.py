@@ -21,7 +21,9 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.int8_encoding not in ENCODINGS:
-            raise TargetError(f"target {self.name}: int8_encoding must be one of {ENCODINGS}, got {self.int8_encoding!r}")
+            raise TargetError(
+                f"target {self.name}: int8_encoding must be one of {ENCODINGS}, got {self.int8_encoding!r}"
+            )
 
 
 def available_targets() -> tuple[str, ...]:

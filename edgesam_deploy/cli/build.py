@@ -70,5 +70,5 @@ def _note(detail: object) -> str:
     if not isinstance(detail, dict):
         return ""
     return ", ".join(
-        f"{k.replace('_', ' ')} {f'{v:.3g}' if isinstance(v, float) else v}" for k, v in detail.items() if k not in skip
+        f"{k.replace('_', ' ')} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in detail.items() if k not in skip
     )

@@ -63,7 +63,10 @@ def track(name: str, items: Iterable[Any], total: int | None) -> Iterable[Any]:
     from rich.console import Console
     from rich.progress import track as rich_track
 
-    return rich_track(items, description=name, total=total, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return rich_track(
+        items, description=name, total=total, console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 def _numeric(text: str) -> bool:

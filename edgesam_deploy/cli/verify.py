@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option("--images", type=click.Path(path_type=Path), help="Verify on these instead (a fresh reference: needs torch).")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="With --images: the weights the bundle was built from.")
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="Verify on these instead (a fresh reference: needs torch)."
+)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="With --images: the weights the bundle was built from."
+)
 @click.option("--min-iou", type=click.FloatRange(0, 1), help="Threshold for the mean. Default: the bundle's own.")
 @threads_option
 @json_option

@@ -84,7 +84,9 @@ def default_prompts(hw: tuple[int, int]) -> tuple[npt.NDArray[np.float64], npt.N
     return points, boxes
 
 
-def answer(predictor: Predictor, paths: Sequence[Path], progress: Callable[[Iterable[Path]], Iterable[Path]] = iter) -> Answers:
+def answer(
+    predictor: Predictor, paths: Sequence[Path], progress: Callable[[Iterable[Path]], Iterable[Path]] = iter
+) -> Answers:
     """Ask a predictor the default prompts on image files."""
     rows = [_answer_one(predictor, path) for path in progress(paths)]
     points, boxes, embeddings, low_res, index, iou = (np.stack(column) for column in zip(*rows, strict=True))

@@ -16,7 +16,7 @@ from edgesam_deploy.recipe import Recipe
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
-BUILDERS: dict[str, Callable[[Recipe], "Sam"]] = {
+BUILDERS: dict[str, Callable[[Recipe], Sam]] = {
     "mobile_sam": mobile_sam.build,
     "sam_vit": sam_vit.build,
     "timm_fpn": timm_fpn.build,

@@ -70,9 +70,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(loaded)
 
 
-def _check_keys(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path, recipe: Recipe
-) -> None:
+def _check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path, recipe: Recipe) -> None:
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
     shapes = [

@@ -8,7 +8,7 @@ fused LayerNormalization per norm).
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from segment_anything.modeling import Sam
@@ -53,8 +53,9 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
-        self.prompt_encoder = _with_fused_norms(sam.prompt_encoder)
-        self.mask_decoder = _with_fused_norms(sam.mask_decoder)
+        # Any: torch types every attribute of a Module as Tensor | Module.
+        self.prompt_encoder: Any = _with_fused_norms(sam.prompt_encoder)
+        self.mask_decoder: Any = _with_fused_norms(sam.mask_decoder)
         prompt_size = sam.prompt_encoder.input_image_size
         if prompt_size[0] != prompt_size[1]:
             raise ValueError(f"the model frame must be square, got {prompt_size}")

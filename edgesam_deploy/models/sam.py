@@ -19,7 +19,7 @@ def assemble(image_encoder: nn.Module, recipe: Recipe) -> Sam:
     # SamPredictor reads the input size from the encoder.
     image_encoder.img_size = geometry.image_size  # type: ignore[assignment]
     return Sam(
-        image_encoder=image_encoder,  # type: ignore[arg-type]
+        image_encoder=image_encoder,
         prompt_encoder=PromptEncoder(
             embed_dim=channels,
             image_embedding_size=(side, side),

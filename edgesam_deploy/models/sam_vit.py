@@ -23,7 +23,7 @@ def build(recipe: Recipe) -> Sam:
         mlp_ratio=4,
         out_chans=geometry.embedding_channels,
         qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
         use_rel_pos=True,
         window_size=14,
         global_attn_indexes=tuple(options["global_attn_indexes"]),

@@ -6,12 +6,15 @@ Features at strides 8, 16 and 32 are brought to the embedding's channels and fus
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgesam_deploy.errors import RecipeError
 from edgesam_deploy.models.sam import assemble
 from edgesam_deploy.recipe import Recipe
 
@@ -21,11 +24,13 @@ class TimmFpnEncoder(nn.Module):
 
     def __init__(self, backbone: str, channels: int) -> None:
         super().__init__()
-        self.backbone = timm.create_model(backbone, pretrained=False, features_only=True, out_indices=(1, 2, 3))
-        reductions = self.backbone.feature_info.reduction()
-        if list(reductions) != [8, 16, 32]:
-            raise ValueError(f"backbone {backbone} must give features at strides 8, 16, 32, gives {reductions}")
-        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in self.backbone.feature_info.channels())
+        # Any: torch types every attribute of a Module as Tensor | Module.
+        features: Any = timm.create_model(backbone, pretrained=False, features_only=True, out_indices=(1, 2, 3))
+        reductions = list(features.feature_info.reduction())
+        if reductions != [8, 16, 32]:
+            raise RecipeError(f"backbone {backbone} must give features at strides 8, 16, 32, gives {reductions}")
+        self.backbone = features
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in features.feature_info.channels())
         self.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         self.fuse = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),

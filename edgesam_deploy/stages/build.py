@@ -135,25 +135,38 @@ def _int8(options: BuildOptions, cache: StageCache, graph: Path, progress: Progr
 
     def run_calibrate(folder: Path) -> Mapping[str, Any]:
         ranges = calibrate(
-            graph, images, folder / "ranges.json", recipe.pixels, rules.percentile, _bar(progress, "calibrate", len(images))
+            graph,
+            images,
+            folder / "ranges.json",
+            recipe.pixels,
+            rules.percentile,
+            _bar(progress, "calibrate", len(images)),
         )
         return {"images": ranges.images, "images_digest": ranges.images_digest, "percentile": ranges.percentile}
 
     inputs: dict[str, object] = {
-        "graph": sha256_file(graph), "images": images_digest(images), "percentile": rules.percentile
+        "graph": sha256_file(graph),
+        "images": images_digest(images),
+        "percentile": rules.percentile,
     }
     ranges_file = cache.run("calibrate", inputs, run_calibrate).folder / "ranges.json"
     ranges = load_ranges(ranges_file)
     inputs = {"graph": sha256_file(graph), "ranges": sha256_file(ranges_file), "rules": asdict(rules)}
-    quantized = cache.run(
-        "quantize", inputs, lambda folder: _detail(quantize(graph, ranges, rules, folder / "encoder.onnx"))
-    ).folder / "encoder.onnx"
+    quantized = (
+        cache.run(
+            "quantize", inputs, lambda folder: _detail(quantize(graph, ranges, rules, folder / "encoder.onnx"))
+        ).folder
+        / "encoder.onnx"
+    )
     if options.target.int8_encoding != "cpu":
         return quantized
     inputs = {"graph": sha256_file(quantized), "ranges": sha256_file(ranges_file)}
-    return cache.run(
-        "encode", inputs, lambda folder: _detail(encode_for_cpu(quantized, ranges, folder / "encoder.onnx"))
-    ).folder / "encoder.onnx"
+    return (
+        cache.run(
+            "encode", inputs, lambda folder: _detail(encode_for_cpu(quantized, ranges, folder / "encoder.onnx"))
+        ).folder
+        / "encoder.onnx"
+    )
 
 
 def _reference(
@@ -200,9 +213,7 @@ def _assemble(
     return BuildResult(options.output, passed, threshold, accuracy, (*cache.runs, run))
 
 
-def _manifest(
-    options: BuildOptions, cache: StageCache, folder: Path, graphs: Mapping[str, Path]
-) -> dict[str, Any]:
+def _manifest(options: BuildOptions, cache: StageCache, folder: Path, graphs: Mapping[str, Path]) -> dict[str, Any]:
     """Everything but the results. Parents are the sha256 of the files that each graph was made from, oldest first."""
     recipe, details = options.recipe, {run.name: run.detail for run in cache.runs}
     manifest: dict[str, Any] = {

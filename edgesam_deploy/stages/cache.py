@@ -19,7 +19,17 @@ from edgesam_deploy.files import clean_unfinished, sha256_bytes, sha256_file, wr
 from edgesam_deploy.recipe import PACKAGE
 
 RECORD = "stage.json"
-TOOLS = ("edgesam-deploy", "torch", "timm", "segment-anything", "onnx", "onnxruntime", "onnxscript", "onnxsim", "onnxslim")
+TOOLS = (
+    "edgesam-deploy",
+    "torch",
+    "timm",
+    "segment-anything",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnxsim",
+    "onnxslim",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +55,7 @@ class StageCache:
         self.force = force
         self.runs: list[StageRun] = []
 
-    def run(
-        self, name: str, inputs: Mapping[str, object], action: Callable[[Path], Mapping[str, Any]]
-    ) -> StageRun:
+    def run(self, name: str, inputs: Mapping[str, object], action: Callable[[Path], Mapping[str, Any]]) -> StageRun:
         """Run ``action(folder)`` or reuse what it left. inputs: JSON values that its result depends on."""
         started = time.perf_counter()
         key = sha256_bytes(json.dumps([name, inputs, tool_versions(), code_digest()], sort_keys=True).encode())
@@ -55,7 +63,9 @@ class StageCache:
         if record is None:
             with writing_folder(self.folder / name) as temporary:
                 detail = dict(action(temporary))
-                files = {str(p.relative_to(temporary)): sha256_file(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+                files = {
+                    str(p.relative_to(temporary)): sha256_file(p) for p in sorted(temporary.rglob("*")) if p.is_file()
+                }
                 write_json(temporary / RECORD, {"key": key, "files": files, "detail": detail})
         else:
             detail = record["detail"]
@@ -80,7 +90,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise OutputError(f"cannot use the work folder {folder}: {error.strerror or error}; give another --output") from error
+        raise OutputError(
+            f"cannot use the work folder {folder}: {error.strerror or error}; give another --output"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +95,8 @@ def _round_float_outputs(model: onnx.ModelProto, ranges: Ranges) -> None:
             continue
         scale = np.array(max(ranges.amax[name], 1e-12) / INT8_MAX, dtype=np.float32)
         parameters = [f"{name}:scale", f"{name}:zero"]
-        for parameter, value in zip(parameters, (scale, np.array(ZERO_POINT, dtype=np.uint8)), strict=True):
+        values: list[npt.NDArray[Any]] = [scale, np.array(ZERO_POINT, dtype=np.uint8)]
+        for parameter, value in zip(parameters, values, strict=True):
             model.graph.initializer.append(numpy_helper.from_array(value, parameter))
         pair = [
             helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}:q"], name=f"{name}:q"),

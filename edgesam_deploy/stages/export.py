@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from edgesam_deploy.contract import (
     POINTS_AXIS,
     PROMPTS_AXIS,
-
     GraphContract,
     contracts,
     decoder_contract,
@@ -174,5 +173,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-

@@ -200,7 +200,8 @@ def _add_inputs(model: onnx.ModelProto, chosen: set[str]) -> list[tuple[onnx.Nod
         if not any(branches):
             continue
         direct = [
-            i for i, (conv, name) in enumerate(zip(branches, add.input, strict=True))
+            i
+            for i, (conv, name) in enumerate(zip(branches, add.input, strict=True))
             if conv is not None and conv.output[0] == name and len(users[name]) == 1
         ]
         found += [(add, i) for i in range(len(add.input)) if i not in direct[:1]]

@@ -140,14 +140,15 @@ def _judge(source: Path, before: onnx.ModelProto, candidate: onnx.ModelProto, fo
 def _onnxsim(source: Path, optimize: bool) -> onnx.ModelProto:
     import onnxsim
 
-    model, _ = onnxsim.simplify(graphs.load(source), perform_optimization=optimize)
+    model: onnx.ModelProto = onnxsim.simplify(graphs.load(source), perform_optimization=optimize)[0]
     return model
 
 
 def _onnxslim(source: Path) -> onnx.ModelProto:
     import onnxslim
 
-    return onnxslim.slim(graphs.load(source))
+    model: onnx.ModelProto = onnxslim.slim(graphs.load(source))
+    return model
 
 
 _TOOLS: dict[str, Callable[[Path], onnx.ModelProto]] = {

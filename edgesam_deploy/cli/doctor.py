@@ -1,0 +1,117 @@
+"""sam-export doctor: what this machine can do, and the command that adds the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgesam_deploy.cli.terminal import json_option, print_json, print_table
+
+JETSON_RELEASE = Path("/etc/nv_tegra_release")
+# What the user wants to do -> the packages it takes, and the command that brings them.
+ABILITIES = (
+    ("run bundles on the CPU", ("onnxruntime",), "pip install 'edgesam-deploy[cpu]'"),
+    (
+        "export, quantize and build",
+        (
+            "torch",
+            "torchvision",
+            "timm",
+            "segment-anything",
+            "onnx",
+            "onnxscript",
+            "onnxsim",
+            "onnxslim",
+            "onnxruntime",
+        ),
+        "pip install 'edgesam-deploy[export]'",
+    ),
+)
+
+
+@click.command("doctor")
+@json_option
+def command(as_json: bool) -> None:
+    """Show what this machine can export, build and run."""
+    report = examine()
+    if as_json:
+        print_json(report)
+        return
+    rows = [
+        (
+            a["what"],
+            "yes" if a["ready"] else "no",
+            ", ".join(f"{k} {v}" for k, v in a["packages"].items()),
+            "" if a["ready"] else a["cure"],
+        )
+        for a in report["abilities"]
+    ]
+    print_table("what this machine can do", ("to", "ready", "with", "if not, run"), rows)
+    click.echo(f"Python {report['python']}, {report['machine']}, {report['cores']} cores, {report['memory_gb']:.1f} GB")
+    click.echo(f"shipped bundle: {report['shipped_bundle']}")
+    for note in report["notes"]:
+        click.echo(f"note: {note}")
+
+
+def examine() -> dict[str, Any]:
+    """Versions, abilities and notes about this machine, as plain JSON values."""
+    import os
+    import platform
+
+    from edgesam_deploy.bundle import load_bundle, shipped_bundle
+    from edgesam_deploy.errors import BundleError
+    from edgesam_deploy.measure.latency import machine
+
+    abilities = []
+    for what, packages, cure in ABILITIES:
+        found = {name: _version(name) for name in packages}
+        abilities.append({"what": what, "ready": "missing" not in found.values(), "packages": found, "cure": cure})
+    try:
+        bundle = f"{load_bundle(shipped_bundle()).path}, intact"
+    except BundleError as error:
+        bundle = str(error)
+    return {
+        "python": platform.python_version(),
+        "machine": machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        "abilities": abilities,
+        "shipped_bundle": bundle,
+        "notes": _notes(),
+    }
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _notes() -> list[str]:
+    import sys
+
+    notes = []
+    if JETSON_RELEASE.exists():
+        notes.append("this is a Jetson: create environments with --system-site-packages to see JetPack's tensorrt")
+    flags = _cpu_flags()
+    if flags and not flags & {"avx512_vnni", "avx_vnni", "asimddp"}:
+        notes.append(
+            "this CPU has no VNNI: INT8 is slower here, and sums of uint8 x int8 can saturate (see the README)"
+        )
+    if sys.version_info < (3, 11):
+        notes.append("exporting and quantizing need Python 3.11 or newer; running bundles does not")
+    return notes
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction set names from /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}

@@ -1,0 +1,34 @@
+"""sam-export export: checkpoint -> encoder.onnx and decoder.onnx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgesam_deploy.cli.terminal import json_option, print_json
+
+
+@click.command("export")
+@click.argument("recipe", default="reference")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights (.pt). Default: the recipe's own.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the two graphs.")
+@json_option
+def command(recipe: str, checkpoint: Path | None, output: Path, as_json: bool) -> None:
+    """Export RECIPE's image encoder and mask decoder to FP32 ONNX [default: reference]."""
+    from edgesam_deploy.errors import MissingExtraError
+    from edgesam_deploy.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    try:
+        from edgesam_deploy.models.checkpoint import checkpoint_path
+        from edgesam_deploy.stages.export import export
+    except ImportError as error:
+        raise MissingExtraError(error.name or "torch", "export") from error
+    result = export(loaded, checkpoint or checkpoint_path(loaded), output)
+    if as_json:
+        print_json(result)
+        return
+    click.echo(f"wrote {result.encoder} ({result.encoder_nodes} nodes)")
+    click.echo(f"wrote {result.decoder} ({result.decoder_nodes} nodes)")
+    click.echo(f"largest difference to PyTorch: {result.max_error:.2g} of the largest output")
