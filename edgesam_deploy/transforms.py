@@ -29,7 +29,7 @@ def to_encoder_input(
     """image (H,W,3) uint8 RGB -> (1,3,S,S) uint8: longer side to S, padded right and below with ``padding``.
 
     Resized by Pillow's antialiased bilinear filter, as segment-anything does through torchvision. SAM pads with
-    0 after normalisation; with the normalisation inside the graph the mean colour stands for it.
+    0 after normalisation; with the normalisation inside the graph the mean colour stands for it (models.graphs).
     """
     height, width = resized_hw((image.shape[0], image.shape[1]), image_size)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)

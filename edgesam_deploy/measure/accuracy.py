@@ -85,10 +85,14 @@ def default_prompts(hw: tuple[int, int]) -> tuple[npt.NDArray[np.float64], npt.N
 
 
 def answer(
-    predictor: Predictor, paths: Sequence[Path], progress: Callable[[Iterable[Path]], Iterable[Path]] = iter
+    predictor: Predictor,
+    paths: Sequence[Path],
+    prompts: Sequence[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Answers:
-    """Ask a predictor the default prompts on image files."""
-    rows = [_answer_one(predictor, path) for path in progress(paths)]
+    """Ask a predictor on image files; prompts: points (K,2) and boxes (L,4) per image, None for the default ones."""
+    asked = prompts if prompts is not None else [None] * len(paths)
+    rows = [_answer_one(predictor, paths[i], asked[i]) for i in progress(range(len(paths)))]
     points, boxes, embeddings, low_res, index, iou = (np.stack(column) for column in zip(*rows, strict=True))
     return Answers(
         files=tuple(p.name for p in paths),
@@ -168,10 +172,12 @@ def summarize(values: npt.NDArray[np.float64]) -> Summary:
     )
 
 
-def _answer_one(predictor: Predictor, path: Path) -> tuple[npt.NDArray[np.generic], ...]:
+def _answer_one(
+    predictor: Predictor, path: Path, prompts: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None
+) -> tuple[npt.NDArray[np.generic], ...]:
     image = read_image(path)
     predictor.set_image(image)
-    points, boxes = default_prompts(image.shape[:2])
+    points, boxes = prompts or default_prompts((image.shape[0], image.shape[1]))
     masks, iou = _all_masks(predictor, points, boxes, image.shape[:2])
     # One click is ambiguous: the best of the multimask candidates. A box is not: the single mask.
     index = np.zeros(len(masks), dtype=np.int64)

@@ -35,16 +35,24 @@ class FusedLayerNorm2d(nn.Module):
 
 
 class EncoderGraph(nn.Module):
-    """image (1,3,S,S) uint8 RGB -> image_embeddings (1,C,E,E) float32; the normalisation is part of the graph."""
+    """image (1,3,S,S) uint8 RGB -> image_embeddings (1,C,E,E) float32; the normalisation is part of the graph.
+
+    SAM pads with 0 after normalising. uint8 padding can only be the rounded mean, up to 0.008 off, which moves masks
+    of padded pictures (mask IoU 0.994 to 0.999). So that value is read as the mean itself: padding is exactly 0, and a
+    real pixel of that value moves by less than half a grey level.
+    """
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         self.image_encoder = _with_fused_norms(sam.image_encoder)
         self.register_buffer("scale", 1.0 / sam.pixel_std[None])
         self.register_buffer("shift", -sam.pixel_mean[None] / sam.pixel_std[None])
+        self.register_buffer("padding", sam.pixel_mean[None].round())
 
     def forward(self, image: Tensor) -> Tensor:
-        normalised = image.to(torch.float32) * cast(Tensor, self.scale) + cast(Tensor, self.shift)
+        pixels = image.to(torch.float32)
+        normalised = pixels * cast(Tensor, self.scale) + cast(Tensor, self.shift)
+        normalised = torch.where(pixels == cast(Tensor, self.padding), 0.0, normalised)
         return cast(Tensor, self.image_encoder(normalised))
 
 

@@ -60,14 +60,21 @@ def reference_predictor(model: Sam, recipe: Recipe) -> Predictor:
 
 
 class ReferenceEncoder(nn.Module):
-    """image (1,3,S,S) uint8 -> image_embeddings, by ``Sam.preprocess`` and ``Sam.image_encoder``."""
+    """image (1,3,S,S) uint8 -> image_embeddings, by ``Sam.preprocess`` and ``Sam.image_encoder``.
+
+    The padding colour becomes SAM's 0, as in the exported graph (``graphs.EncoderGraph``).
+    """
 
     def __init__(self, model: Sam) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        return cast(Tensor, self.model.image_encoder(self.model.preprocess(image.float())))
+        pixels = image.float()
+        normalised = self.model.preprocess(pixels)
+        return cast(
+            Tensor, self.model.image_encoder(normalised.masked_fill(pixels == self.model.pixel_mean.round(), 0.0))
+        )
 
 
 class ReferenceDecoder(nn.Module):

@@ -16,9 +16,9 @@ def record_answers(
     checkpoint: Path,
     images: Sequence[Path],
     output: Path,
-    progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Answers:
     """Ask the model the default prompts on ``images`` and write its answers (npz)."""
-    answers = answer(reference_predictor(load_model(recipe, checkpoint), recipe), images, progress)
+    answers = answer(reference_predictor(load_model(recipe, checkpoint), recipe), images, progress=progress)
     save_answers(answers, output)
     return answers

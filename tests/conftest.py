@@ -1,0 +1,52 @@
+"""A tiny real model for every test that needs one: the shipped reference weights at a quarter of the deployed size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PHOTOS = REPOSITORY / "edgesam_deploy" / "assets" / "photos"
+TINY_SIZE = 128
+
+
+def tiny_recipe_text() -> str:
+    """The reference recipe with image_size 128: the same network and weights, a sixteenth of the work."""
+    text = (REPOSITORY / "export" / "reference.toml").read_text(encoding="utf-8")
+    for name, value in (("image_size", TINY_SIZE), ("prompt_size", TINY_SIZE), ("embedding_size", TINY_SIZE // 16)):
+        before = next(line for line in text.splitlines() if line.startswith(f"{name} ="))
+        text = text.replace(before, f"{name} = {value}")
+    return text.replace('name = "reference"', 'name = "tiny"')
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The TOML of the tiny model."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(tiny_recipe_text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The shipped reference weights."""
+    return REPOSITORY / "edgesam_deploy" / "assets" / "reference.pt"
+
+
+@pytest.fixture(scope="session")
+def built(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The tiny model built to INT8 once: ``bundle`` (folder), ``stages`` (folder of stage results), ``result``."""
+    pytest.importorskip("torch", reason="building needs the export extra")
+    from edgesam_deploy.recipe import load_recipe
+    from edgesam_deploy.stages.build import BuildOptions, build
+    from edgesam_deploy.target import load_target
+
+    output = tmp_path_factory.mktemp("engines") / "tiny-int8"
+    result = build(BuildOptions(load_recipe(tiny_recipe), load_target("cpu"), "int8", output))
+    manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(
+        bundle=output, stages=output.parent / ".stages" / output.name, result=result, manifest=manifest
+    )
