@@ -13,11 +13,12 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesam_deploy.contract import Geometry, contracts
-from edgesam_deploy.errors import BundleError, InputError
+from edgesam_deploy.contract import Geometry, GraphContract, contracts
+from edgesam_deploy.errors import BundleError, InputError, OutputError
 from edgesam_deploy.files import sha256_file
 from edgesam_deploy.recipe import PACKAGE, PRECISIONS, Pixels
 
@@ -38,6 +39,7 @@ class Bundle:
     recipe: str
     precision: str
     target: str
+    backend: str
     geometry: Geometry
     pixels: Pixels
     verified: bool
@@ -46,10 +48,6 @@ class Bundle:
     def graph(self, name: str) -> Path:
         """The file of ``encoder`` or ``decoder``."""
         return self.path / f"{name}.onnx"
-
-    @property
-    def backend(self) -> str:
-        return str(self.manifest["backend"])
 
     @contextmanager
     def open(self, threads: int | None = None) -> Iterator[Predictor]:
@@ -65,18 +63,19 @@ class Bundle:
 def open_graphs(graphs: Mapping[str, Path], bundle: Bundle, threads: int | None = None) -> Iterator[Predictor]:
     """A Predictor on given ``encoder`` and ``decoder`` files with the bundle's geometry, pixels and backend."""
     from edgesam_deploy.predictor import Predictor
-    from edgesam_deploy.runtime import open_session
+    from edgesam_deploy.runtime import BACKENDS, open_session
 
+    if bundle.backend not in BACKENDS:
+        raise BundleError(
+            f"bundle {bundle.path} is for the backend '{bundle.backend}', this version has {', '.join(BACKENDS)}: "
+            "upgrade edgesam-deploy"
+        )
     expected = contracts(bundle.geometry)
     with ExitStack() as stack:
         sessions = {}
         for name in GRAPHS:
             session = stack.enter_context(open_session(graphs[name], bundle.backend, threads))
-            if session.specs() != expected[name]:
-                raise BundleError(
-                    f"{graphs[name]} has other inputs or outputs than manifest.json says: expected {expected[name]}, "
-                    f"found {session.specs()}. Build the bundle again"
-                )
+            _check_specs(session.specs(), expected[name], graphs[name])
             sessions[name] = session
         yield Predictor(sessions["encoder"], sessions["decoder"], bundle.geometry, bundle.pixels)
 
@@ -108,6 +107,22 @@ def load_bundle(path: str | Path) -> Bundle:
     return parse_manifest(manifest, folder)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise OutputError unless a build may put its bundle at ``folder``: nothing is there, or a bundle is.
+
+    A finished build replaces the folder with all that is in it; somebody's other files must not go that way.
+    """
+    if folder.name in ("", ".."):
+        raise OutputError(f"cannot write a bundle to '{folder}': give the folder by its name, as in engines/mine")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise OutputError(
+            f"cannot write a bundle to {folder}: the folder holds other files and no {MANIFEST}, and a build would "
+            "replace them; give another --output"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"cannot write a bundle to {folder}: it is a file, not a folder; give another --output")
+
+
 def parse_manifest(manifest: Mapping[str, Any], folder: Path) -> Bundle:
     """The Bundle that a manifest describes; nothing but the manifest is looked at."""
     try:
@@ -122,6 +137,7 @@ def parse_manifest(manifest: Mapping[str, Any], folder: Path) -> Bundle:
             recipe=str(manifest["recipe"]["name"]),
             precision=str(manifest["precision"]),
             target=str(manifest["target"]),
+            backend=str(manifest["backend"]),
             geometry=Geometry(**manifest["geometry"]),
             pixels=Pixels(mean=tuple(pixels["mean"]), std=tuple(pixels["std"])),
             verified=bool(manifest["verified"]),
@@ -139,7 +155,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not readable JSON: {error}. Build the bundle again") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if not isinstance(schema, int) or not isinstance(manifest.get("files"), dict):
@@ -147,4 +163,26 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         cure = "upgrade edgesam-deploy" if schema > SCHEMA else "build the bundle again"
         raise BundleError(f"{path} has schema {schema}, this version reads schema {SCHEMA}: {cure}")
+    _check_entries(manifest, path)
     return manifest
+
+
+def _check_entries(manifest: Mapping[str, Any], path: Path) -> None:
+    """What a finished manifest has besides that of ``parse_manifest``: a hash for every file, and a threshold."""
+    for name, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            raise BundleError(f"{path} states no sha256 for {name}. Build the bundle again")
+    threshold = manifest.get("min_mask_iou")
+    if not isinstance(threshold, int | float) or not 0.0 <= threshold <= 1.0:
+        raise BundleError(f"{path}: min_mask_iou must be a number in 0..1, is {threshold!r}. Build the bundle again")
+
+
+def _check_specs(found: GraphContract, expected: GraphContract, graph: Path) -> None:
+    """Raise BundleError naming the first tensor that the manifest's geometry does not explain."""
+    pairs = zip_longest((*expected.inputs, *expected.outputs), (*found.inputs, *found.outputs))
+    for want, have in pairs:
+        if want != have:
+            raise BundleError(
+                f"{graph} has other inputs or outputs than {MANIFEST} says: expected {want}, found {have}. "
+                "Build the bundle again"
+            )

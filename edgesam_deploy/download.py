@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -12,6 +13,7 @@ from edgesam_deploy.errors import CheckpointError
 from edgesam_deploy.files import CHUNK_BYTES, sha256_file, writing
 
 TIMEOUT_S = 30
+_CURE = "Try again, or download it elsewhere and pass it with --checkpoint FILE"
 
 
 def cache_folder() -> Path:
@@ -52,13 +54,29 @@ def _download(url: str, output: Path, size_bytes: int | None, final: Path) -> No
             output.open("wb") as file,
             Progress(*columns, console=Console(stderr=True)) as progress,
         ):
-            total = int(response.headers.get("Content-Length") or 0) or size_bytes
-            task = progress.add_task(final.name, total=total)
+            announced = _announced_bytes(response.headers.get("Content-Length"), url, size_bytes)
+            task = progress.add_task(final.name, total=announced or size_bytes)
+            received = 0
             while chunk := response.read(CHUNK_BYTES):
-                file.write(chunk)
+                received += file.write(chunk)
                 progress.advance(task, len(chunk))
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise CheckpointError(
-            f"cannot download {url}: {reason}. Download it elsewhere and pass it with --checkpoint FILE"
-        ) from error
+    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as error:
+        raise CheckpointError(f"cannot download {url}: {_reason(error)}. {_CURE}") from error
+    if announced is not None and received < announced:  # urllib takes an early end of the connection for the end
+        raise CheckpointError(f"the download of {url} broke off after {received} of {announced} bytes. {_CURE}")
+
+
+def _announced_bytes(header: str | None, url: str, expected: int | None) -> int | None:
+    """The Content-Length if there is one; CheckpointError where it shows another file before any of it is fetched."""
+    announced = int(header) if header and header.isascii() and header.isdigit() else None
+    if announced is not None and expected is not None and announced != expected:
+        raise CheckpointError(f"{url} offers a file of {announced} bytes, expected {expected}. {_CURE}")
+    return announced
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()  # it is the open answer of the server, too
+        return f"the server answers {error.code} {error.reason}"
+    text = " ".join(str(getattr(error, "reason", None) or error).split())
+    return f"{type(error).__name__}: {text}" if isinstance(error, HTTPException) else text or type(error).__name__

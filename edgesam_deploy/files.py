@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,9 +44,7 @@ def writing(path: Path) -> Iterator[Path]:
     """
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, "is a folder")
+        _make_room(path)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
@@ -71,25 +72,35 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def check_writable(path: Path) -> None:
+    """Raise OutputError now, rather than after minutes of work, if a file ``path`` cannot be made."""
+    try:
+        _make_room(path)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(_reason(path, error)) from error
+
+
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``; on success it takes the place of ``path``.
 
-    An existing folder is replaced only once the new one is complete.
+    An existing folder is replaced only once the new one is complete. What a killed run left of the same folder is
+    removed first: a folder must have one writer at a time.
     """
+    final = path.resolve()  # through a symbolic link, so that the folder it leads to is the one replaced
+    prefix = f"{TEMPORARY_PREFIX}{final.name}-"
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists() and not final.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "is not a folder")
+        _remove(final.parent.glob(f"{glob.escape(prefix)}{'?' * 8}"))  # mkdtemp's random part
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
-            path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
+        _exchange(temporary, final, prefix)
     except OSError as error:
         raise OutputError(_reason(path, error)) from error
     finally:
@@ -99,7 +110,38 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 def clean_unfinished(folder: Path) -> None:
     """Remove what a killed run left in ``folder``. Only for folders that one build at a time writes to."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+    _remove(folder.glob(f"{TEMPORARY_PREFIX}*"))
+
+
+def _exchange(new: Path, path: Path, prefix: str) -> None:
+    """Rename the folder ``new`` to ``path``; one that is there is put aside, and put back should that fail."""
+    if not path.exists():
+        new.replace(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    try:
+        path.replace(old)
+        try:
+            new.replace(path)
+        except OSError:
+            old.replace(path)
+            raise
+    except OSError:
+        with contextlib.suppress(OSError):
+            old.rmdir()  # never what was put aside: only an empty folder can be removed so
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_room(path: Path) -> None:
+    """Make the folder that the file ``path`` will be in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder")
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -113,4 +155,7 @@ def _umask() -> int:
 
 
 def _reason(path: Path, error: OSError) -> str:
-    return f"cannot write {path}: {error.strerror or error}; nothing was changed there"
+    # Where a folder should be and a file is, the system says "File exists" or "Not a directory", but not which.
+    blocking = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+    reason = f"{blocking} is not a folder" if blocking else error.strerror or str(error)
+    return f"cannot write {path}: {reason}; nothing was changed there"

@@ -22,8 +22,9 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns at 89 M pixels and refuses at twice that; a warning is no reason to stop.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns about damaged metadata, dropped transparency, and from 89 M pixels on (it refuses at twice
+            # that); pixels it cannot read are an error.
+            warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))

@@ -101,7 +101,7 @@ def _numbers(name: str, value: object) -> npt.NDArray[np.float64]:
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise PromptError(f"{name} must be an array of numbers, got {value!r}") from error
+        raise PromptError(f"{name} must be an array of numbers, got {' '.join(repr(value).split())}") from error
     if not np.isfinite(array).all():
         raise PromptError(f"{name} must be finite numbers, got {_short(array)}")
     return array

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -30,8 +31,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except EdgeSAMError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
+            fail(ctx, error, error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; finished stages are kept, run the same command to go on", err=True)
             ctx.exit(130)
@@ -39,6 +39,15 @@ class Commands(click.Group):
             # The reader (head, less) has gone; what is still buffered has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
+        except OSError as error:
+            # The system failed where nobody asked it for a result: no space for temporary files, a folder that went.
+            fail(ctx, error, EdgeSAMError.exit_code)
+
+
+def fail(ctx: click.Context, error: Exception, exit_code: int) -> NoReturn:
+    """End with one line on stderr, whatever text a file or another library put into the message."""
+    click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+    ctx.exit(exit_code)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

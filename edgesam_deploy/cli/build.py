@@ -31,12 +31,14 @@ def command(
     as_json: bool,
 ) -> None:
     """Build and verify a bundle for RECIPE, a name or a .toml file [default: reference]."""
+    from edgesam_deploy.bundle import check_replaceable
     from edgesam_deploy.errors import MissingExtraError, ThresholdError
     from edgesam_deploy.recipe import load_recipe
     from edgesam_deploy.target import load_target
 
     loaded, device = load_recipe(recipe), load_target(target)
     folder = output or Path("engines") / device.name / f"{loaded.name}-{precision}"
+    check_replaceable(folder)
     try:
         from edgesam_deploy.stages.build import BuildOptions, build
 

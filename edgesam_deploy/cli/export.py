@@ -17,6 +17,7 @@ from edgesam_deploy.cli.terminal import json_option, print_json
 def command(recipe: str, checkpoint: Path | None, output: Path, as_json: bool) -> None:
     """Export RECIPE's image encoder and mask decoder to FP32 ONNX [default: reference]."""
     from edgesam_deploy.errors import MissingExtraError
+    from edgesam_deploy.files import check_writable
     from edgesam_deploy.recipe import load_recipe
 
     loaded = load_recipe(recipe)
@@ -25,6 +26,7 @@ def command(recipe: str, checkpoint: Path | None, output: Path, as_json: bool) -
         from edgesam_deploy.stages.export import export
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
+    check_writable(output / "encoder.onnx")
     result = export(loaded, checkpoint or checkpoint_path(loaded), output)
     if as_json:
         print_json(result)

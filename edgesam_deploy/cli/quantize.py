@@ -26,6 +26,7 @@ from edgesam_deploy.cli.terminal import json_option, plain, print_json, track
 def command(encoder: Path, recipe: str, calibration: Path | None, encoding: str, output: Path, as_json: bool) -> None:
     """Calibrate and quantize the simplified FP32 graph ENCODER."""
     from edgesam_deploy.errors import MissingExtraError
+    from edgesam_deploy.files import check_writable
     from edgesam_deploy.images import list_images
     from edgesam_deploy.recipe import load_recipe
 
@@ -38,6 +39,7 @@ def command(encoder: Path, recipe: str, calibration: Path | None, encoding: str,
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export") from error
     images = list_images(calibration or PHOTOS / "calibration")
+    check_writable(output)
     with tempfile.TemporaryDirectory() as folder:
         ranges = calibrate(
             encoder,

@@ -16,11 +16,13 @@ from edgesam_deploy.cli.terminal import json_option, print_json, say
 def command(source: Path, output: Path, as_json: bool) -> None:
     """Simplify the ONNX graph SOURCE; the result is accepted only if it computes the same."""
     from edgesam_deploy.errors import MissingExtraError
+    from edgesam_deploy.files import check_writable
 
     try:
         from edgesam_deploy.stages.simplify import simplify
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export") from error
+    check_writable(output)
     result = simplify(source, output)
     if as_json:
         print_json(result)

@@ -12,7 +12,7 @@ import click
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON on stdout.")
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads inside an operator. Default: all cores."
+    "--threads", type=click.IntRange(1, 1024), help="CPU threads inside an operator. Default: all cores."
 )
 
 

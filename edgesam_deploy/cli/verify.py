@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,10 @@ def command(
     as_json: bool,
 ) -> None:
     """Check BUNDLE [default: the shipped INT8 reference] and exit with 3 if it is below its threshold."""
+    if checkpoint is not None and images is None:
+        raise click.UsageError("--checkpoint goes with --images: a bundle's own answers need no weights")
+    if min_iou is not None and isnan(min_iou):
+        raise click.BadParameter("nan is not in the range 0<=x<=1.", param_hint="'--min-iou'")
     from edgesam_deploy.bundle import load_bundle, shipped_bundle
     from edgesam_deploy.errors import ThresholdError
 
@@ -81,10 +86,12 @@ def _on_images(bundle: Bundle, images: Path, checkpoint: Path | None, threads: i
         raise MissingExtraError(error.name or "torch", "export") from error
     recipe = load_recipe(bundle.recipe)
     weights = checkpoint or checkpoint_path(recipe)
-    if sha256_file(weights) != bundle.manifest["checkpoint_sha256"]:
+    if not weights.is_file():
+        raise CheckpointError(f"checkpoint {weights} does not exist")
+    if sha256_file(weights) != bundle.manifest.get("checkpoint_sha256"):
         raise CheckpointError(
             f"{weights} is not the checkpoint that {bundle.path} was built from (sha256 "
-            f"{bundle.manifest['checkpoint_sha256']}): give that one with --checkpoint"
+            f"{bundle.manifest.get('checkpoint_sha256')}): give that one with --checkpoint"
         )
     with tempfile.TemporaryDirectory() as folder:
         answers = record_answers(

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from edgesam_deploy.errors import GraphError
 from edgesam_deploy.files import sha256_file
 from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.calibrate import Ranges
@@ -86,27 +87,40 @@ def _move_quantize_before_activations(model: onnx.ModelProto) -> None:
 
 
 def _round_float_outputs(model: onnx.ModelProto, ranges: Ranges) -> None:
-    """Add Q/DQ behind quantized convolutions whose output is read in float, so that they run in INT8."""
+    """Add Q/DQ behind quantized convolutions whose output is read in float, so that they run in INT8.
+
+    Where another reader quantizes the output already, the float readers take that pair's values.
+    """
     users, made_by = graphs.consumers(model), graphs.producers(model)
     for position, conv in reversed(list(enumerate(model.graph.node))):
         name = conv.output[0]
         readers = users.get(name, [])
-        if not _is_quantized_conv(conv, made_by) or not readers or readers[0].op_type == "QuantizeLinear":
+        in_float = [reader for reader in readers if reader.op_type != "QuantizeLinear"]
+        if not _is_quantized_conv(conv, made_by) or not in_float:
             continue
-        scale = np.array(max(ranges.amax[name], 1e-12) / INT8_MAX, dtype=np.float32)
-        parameters = [f"{name}:scale", f"{name}:zero"]
-        values: list[npt.NDArray[Any]] = [scale, np.array(ZERO_POINT, dtype=np.uint8)]
-        for parameter, value in zip(parameters, values, strict=True):
-            model.graph.initializer.append(numpy_helper.from_array(value, parameter))
-        pair = [
-            helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}:q"], name=f"{name}:q"),
-            helper.make_node("DequantizeLinear", [f"{name}:q", *parameters], [f"{name}:dq"], name=f"{name}:dq"),
-        ]
-        for reader in readers:
-            index = list(reader.input).index(name)
-            reader.input[index] = f"{name}:dq"
-        for node in reversed(pair):
-            model.graph.node.insert(position + 1, node)
+        if len(in_float) == len(readers):
+            for node in reversed(_pair(model, name, ranges)):
+                model.graph.node.insert(position + 1, node)
+        for reader in in_float:
+            for index, read in enumerate(reader.input):
+                if read == name:
+                    reader.input[index] = f"{name}:dq"
+    graphs.sort_nodes(model)
+
+
+def _pair(model: onnx.ModelProto, name: str, ranges: Ranges) -> list[onnx.NodeProto]:
+    """A uint8 Q and DQ for tensor ``name`` by its calibrated range; the constants go into the model."""
+    if name not in ranges.amax:
+        raise GraphError(f"calibration has no range for tensor '{name}': calibrate again")
+    scale = np.array(max(ranges.amax[name], 1e-12) / INT8_MAX, dtype=np.float32)
+    parameters = [f"{name}:scale", f"{name}:zero"]
+    values: list[npt.NDArray[Any]] = [scale, np.array(ZERO_POINT, dtype=np.uint8)]
+    for parameter, value in zip(parameters, values, strict=True):
+        model.graph.initializer.append(numpy_helper.from_array(value, parameter))
+    return [
+        helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}:q"], name=f"{name}:q"),
+        helper.make_node("DequantizeLinear", [f"{name}:q", *parameters], [f"{name}:dq"], name=f"{name}:dq"),
+    ]
 
 
 def _is_quantized_conv(node: onnx.NodeProto, made_by: dict[str, onnx.NodeProto]) -> bool:

@@ -1,0 +1,126 @@
+"""Put the measured figures into README.md, between its markers, from the JSON files that other scripts wrote.
+
+    python benchmarks/readme.py [--check]
+
+--check changes nothing and fails if the README does not show what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def read(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def agreement() -> list[str]:
+    result = read("agreement")
+    header = ["against PyTorch FP32", "mean", "median", "p5", "small", "medium", "large", "clicks", "boxes"]
+    rows = []
+    for name, item in result["results"].items():
+        iou, sizes, prompts = item["mask_iou"], item["by_size"], item["by_prompt"]
+        means = [group["mean"] for group in (*(sizes[s] for s in ("small", "medium", "large")), *prompts.values())]
+        rows.append([name, *(f"{v:.4f}" for v in (iou["mean"], iou["median"], iou["p5"], *means))])
+    count = result["images"] * result["prompts_per_image"]
+    return [
+        f"**Mask IoU with the same weights in PyTorch FP32**, {result['images']} images of COCO val and DAVIS, {count} "
+        "prompts, reference model. fp16 is measured on an emulated graph; the last row compares the encodings for "
+        "TensorRT and for the CPU with each other. Source: `benchmarks/results/cpu/agreement.json`, `agreement.py`.",
+        "",
+        *table(header, rows),
+    ]
+
+
+def speed() -> list[str]:
+    result = read("speed")
+    rows = [
+        [
+            str(row["threads"]),
+            f"{row['fp32']['median_ms']:.1f}",
+            f"{row['int8']['median_ms']:.1f}",
+            f"{row['speedup_median']:.2f}× ({row['speedup_q1']:.2f}–{row['speedup_q3']:.2f})",
+        ]
+        for row in result["encoder"]
+    ]
+    processes = result["processes"]
+    return [
+        f"**Image encoder, ONNX Runtime on {result['machine']}**, alternating in one run, medians (quartiles of the "
+        "ratio). Source: `benchmarks/results/cpu/speed.json`, `speed.py`.",
+        "",
+        *table(["threads", "FP32 ms", "INT8 ms", "INT8 is faster by"], rows),
+        "",
+        f"Process start to written mask with the shipped bundle: {processes['first_mask']['median_ms'] / 1000:.2f} s; "
+        f"`sam-export --help`: {processes['help']['median_ms'] / 1000:.2f} s.",
+    ]
+
+
+def parity() -> list[str]:
+    result = read("sam-predictor")
+    lowest = min(row["mean"] for row in result["images"])
+    return [
+        f"**segment-anything's `SamPredictor` and ours**, same weights, {len(result['images'])} images (1×900, "
+        f"1500×2250, EXIF portrait, grey, 16-bit, RGBA, CMYK …): mean mask IoU {result['mean']:.5f}, "
+        f"lowest image {lowest:.5f}. "
+        "Source: `benchmarks/results/cpu/sam-predictor.json`, `sam_predictor.py`.",
+    ]
+
+
+def quality() -> list[str]:
+    """Ground-truth figures of the reference model beside what it started from and two trivial answers to a box."""
+    sources = {
+        "shipped reference": read("reference-quality"),
+        "what it was fine-tuned from": read("warm-start-quality"),
+    }
+    header = ["mIoU against ground truth", "COCO val, true box", "small", "medium", "large", "BSDS test, one click"]
+    rows = []
+    for name, source in sources.items():
+        figures = {(f["pack"], f["prompt"], f["answer"], f["group"]): f["miou"] for f in source["figures"]}
+        boxes = [figures["coco-subset", "GT box", "single", g] for g in ("all", "small", "medium", "large")]
+        click = figures["bsds500", "centre click", "best of 3", "60 images"]
+        rows.append([name, *(f"{v:.3f}" for v in boxes), f"{click:.3f} (best of 3)"])
+    figures = {(f["answer"], f["group"]): f["miou"] for f in sources["shipped reference"]["figures"]}
+    for name in ("filled box", "inscribed ellipse"):
+        rows.append(
+            [f"no model: {name}", *(f"{figures[name, g]:.3f}" for g in ("all", "small", "medium", "large")), "–"]
+        )
+    return [
+        "",
+        "**The reference model is weak**: it was trained on a CPU from a few hundred images so that the whole path can "
+        "be tried without a download. Use it to check your set-up, and MobileSAM or SAM for work. Source: "
+        "`benchmarks/results/cpu/reference-quality.json`, `warm-start-quality.json`, `reference_quality.py`.",
+        "",
+        *table(header, rows),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    lines = [BEGIN, "", *agreement(), "", *speed(), "", *parity(), *quality(), "", END]
+    updated = before + "\n".join(lines) + after
+    if options.check:
+        sys.exit(0 if updated == text else "README.md is out of date: run python benchmarks/readme.py")
+    path.write_text(updated, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

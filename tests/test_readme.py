@@ -1,0 +1,80 @@
+"""Every command and code block of the README is run; its figures are those of the result files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if line.strip()
+]
+PHOTO = ROOT / "edgesam_deploy" / "assets" / "photos" / "verify" / "duck.jpg"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the README's commands run, one after the other: a photograph and a MobileSAM checkpoint lie there."""
+    torch = pytest.importorskip("torch", reason="needs the export extra")
+    from edgesam_deploy.models import build_model
+    from edgesam_deploy.recipe import load_recipe
+
+    place = tmp_path_factory.mktemp("readme")
+    shutil.copyfile(PHOTO, place / "photo.jpg")
+    torch.manual_seed(0)
+    torch.save(build_model(load_recipe("mobile_sam")).state_dict(), place / "mobile_sam.pt")
+    return place
+
+
+def test_the_readme_has_its_commands() -> None:
+    assert {"make demo", "make test", 'pip install ".[cpu]"'} <= set(COMMANDS)
+    assert sum(c.startswith("sam-export") for c in COMMANDS) >= 12
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("sam-export")])
+def test_command_runs(command: str, folder: Path) -> None:
+    arguments = shlex.split(command)[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "edgesam_deploy", *arguments], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
+def test_python_block_runs(code: str, folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_targets_expand(target: str) -> None:
+    """The recipes themselves run in continuous integration; here make resolves every step of them."""
+    if shutil.which("make") is None:
+        pytest.skip("no make on this machine")
+    done = subprocess.run(
+        ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("sam-export build" if target == "demo" else "-m pytest") in done.stdout
+
+
+def test_figures_are_those_of_the_result_files() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in re.findall(r"`(benchmarks/[^`]+\.(?:json|png|py))`", TEXT):
+        assert (ROOT / name).is_file(), name
