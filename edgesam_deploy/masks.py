@@ -13,7 +13,7 @@ MASK_THRESHOLD = 0.0
 def upscale_logits(
     low_res: npt.NDArray[np.floating], original_hw: tuple[int, int], image_size: int
 ) -> npt.NDArray[np.float32]:
-    """(K,4E,4E) logits -> (K,H,W) float32 logits in the original frame.
+    """(...,4E,4E) logits -> (...,H,W) float32 logits in the original frame.
 
     SAM's two steps (``Sam.postprocess_masks``): bilinear to the padded S×S square, crop the padding, bilinear to the
     original size; both without antialiasing (torch ``interpolate(..., align_corners=False)``). Each step is
@@ -24,8 +24,7 @@ def upscale_logits(
     side_y, side_x = low_res.shape[-2:]
     rows = _axis_matrix(side_y, image_size, input_hw[0], original_hw[0])
     cols = _axis_matrix(side_x, image_size, input_hw[1], original_hw[1])
-    wide = np.matmul(low_res.astype(np.float32, copy=False), cols.T)
-    upscaled: npt.NDArray[np.float32] = np.matmul(rows, wide)
+    upscaled: npt.NDArray[np.float32] = np.matmul(rows, np.matmul(low_res.astype(np.float32, copy=False), cols.T))
     return upscaled
 
 
