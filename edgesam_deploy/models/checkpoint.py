@@ -41,12 +41,19 @@ def checkpoint_path(recipe: Recipe) -> Path:
 def load_model(recipe: Recipe, checkpoint: Path) -> Sam:
     """The recipe's network with the weights of ``checkpoint``, float32, eval mode.
 
-    Raises CheckpointError if the file cannot be read as plain tensors, or if any tensor is missing, left over or of
-    another shape. Nothing but tensors is unpickled (``weights_only=True``).
+    Raises CheckpointError if the file cannot be read as plain tensors, or if any tensor is missing, left over, of
+    another shape or not finite. Nothing but tensors is unpickled (``weights_only=True``).
     """
     state = read_state_dict(checkpoint)
     model = build_model(recipe)
     _check_keys(model.state_dict(), state, checkpoint, recipe)
+    broken = sorted(k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all())
+    if broken:
+        # A BatchNorm variance that overflowed in float16 is enough: the embedding then ignores the image.
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {len(broken)} tensors hold inf or NaN, the first is {broken[0]}. Save it again "
+            "in float32, or get it from its publisher"
+        )
     model.load_state_dict(state, strict=True)
     return model.float().eval()
 

@@ -1,0 +1,82 @@
+"""Recipes and targets: shipped ones validate, wrong ones are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgesam_deploy.contract import Geometry, decoder_contract
+from edgesam_deploy.errors import InputError, RecipeError, TargetError
+from edgesam_deploy.recipe import available_recipes, load_recipe
+from edgesam_deploy.target import available_targets, load_target
+
+
+def test_shipped_recipes_and_targets_load() -> None:
+    assert set(available_recipes()) >= {"reference", "mobile_sam", "sam_vit_b"}
+    for name in available_recipes():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.geometry.image_size % recipe.geometry.embedding_size == 0
+        assert recipe.checkpoint.sha256_source
+    assert "cpu" in available_targets()
+    assert all(load_target(name).name == name for name in available_targets())
+
+
+def test_padding_is_the_colour_that_normalises_closest_to_zero() -> None:
+    assert load_recipe("reference").pixels.padding == (124, 116, 104)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("opset = 19", "opset = 12", "opset must be 17..20"),
+        ("embedding_size = 8", "embedding_size = 7", "must be a multiple of embedding_size"),
+        ("image_size = 128", "image_size = -1", "positive integer"),
+        ("image_size = 128", "", "image_size"),
+        ("std = [58.395, 57.12, 57.375]", "std = [58.395, 0, 57.375]", "std must be positive"),
+        ("mean = [123.675, 116.28, 103.53]", "mean = [1, 2]", "mean must be three numbers"),
+        ("int8 = ", "int8 = 7 #", "must be a number in 0..1"),
+        ("[geometry]", "[geometry]\ndepth = 3", "unknown entries ['depth']"),
+        ("[export]", "[export", "not valid TOML"),
+        ("[export]", "[exports]", "'export' is missing"),
+        ("sha256 = ", 'sha256 = "zz" #', "64 lower-case hex digits"),
+        ("file = ", 'url = "http://127.0.0.1/x"\nfile = ', "exactly one of"),
+    ],
+)
+def test_wrong_recipes_are_refused(tiny_recipe: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = tiny_recipe.read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / "wrong.toml"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert message in str(caught.value)
+    assert "wrong.toml" in str(caught.value)
+
+
+def test_comments_do_not_change_the_digest_and_values_do(tiny_recipe: Path, tmp_path: Path) -> None:
+    text = tiny_recipe.read_text(encoding="utf-8")
+    (tmp_path / "a.toml").write_text("# a comment\n" + text, encoding="utf-8")
+    (tmp_path / "b.toml").write_text(text.replace("opset = 19", "opset = 18"), encoding="utf-8")
+    assert load_recipe(tmp_path / "a.toml").digest == load_recipe(tiny_recipe).digest
+    assert load_recipe(tmp_path / "b.toml").digest != load_recipe(tiny_recipe).digest
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="unknown recipe 'sam9': expected one of mobile_sam, reference, sam_vit_b"):
+        load_recipe("sam9")
+    with pytest.raises(TargetError, match="unknown target 'toaster': expected one of cpu"):
+        load_target("toaster")
+
+
+def test_contract_shapes_follow_the_geometry() -> None:
+    geometry = Geometry(image_size=512, prompt_size=1024, embedding_size=64, embedding_channels=256, num_masks=4)
+    contract = decoder_contract(geometry)
+    shapes = {s.name: s.shape for s in (*contract.inputs, *contract.outputs)}
+    assert shapes["mask_input"] == ("prompts", 1, 256, 256)
+    assert shapes["low_res_masks"] == ("prompts", 4, 256, 256)
+    assert contract.inputs[1].accepts((7, 3, 2))
+    assert not contract.inputs[1].accepts((7, 3, 3))
+    with pytest.raises(InputError, match="positive integer"):
+        Geometry(image_size=0, prompt_size=1, embedding_size=1, embedding_channels=1, num_masks=1)
