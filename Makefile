@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-DEMO_PHOTO = edgesam_deploy/assets/photos/verify/duck.jpg
+DEMO_PHOTO = edgesam_deploy/assets/photos/verify/kingfisher.jpg
 # On a Jetson the environment must see JetPack's own tensorrt.
 SITE = $(if $(wildcard /etc/nv_tegra_release),--system-site-packages)
 # The runtime is also tested on the oldest supported Python (JetPack 6), where one is at hand.
@@ -14,7 +14,7 @@ demo: $(BIN)/.export
 	$(BIN)/sam-export build --precision int8
 	$(BIN)/sam-export verify engines/cpu/reference-int8
 	$(BIN)/sam-export bench engines/cpu/reference-int8
-	$(BIN)/sam-export predict $(DEMO_PHOTO) --bundle engines/cpu/reference-int8 --point 300,350 -o demo/overlay.png
+	$(BIN)/sam-export predict $(DEMO_PHOTO) --bundle engines/cpu/reference-int8 --point 290,180 -o demo/overlay.png
 
 test: $(BIN)/.dev lint types
 	$(BIN)/python -m pytest

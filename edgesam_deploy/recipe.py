@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,8 +61,10 @@ class Pixels:
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             value = getattr(self, name)
-            if len(value) != 3 or not all(isinstance(v, int | float) for v in value):
+            if len(value) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
                 raise RecipeError(f"pixels.{name} must be three numbers (R, G, B), got {value!r}")
+        if not 0 <= min(self.mean) <= max(self.mean) <= 255:
+            raise RecipeError(f"pixels.mean must be in 0..255, got {self.mean!r}")
         if min(self.std) <= 0:
             raise RecipeError(f"pixels.std must be positive, got {self.std!r}")
 

@@ -149,10 +149,11 @@ def save_answers(answers: Answers, path: Path) -> None:
 def load_answers(path: Path) -> Answers:
     """Read ``save_answers``'s file. Nothing is unpickled. Raises BundleError if it is not such a file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a file open that it got by name and could not read.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             fields = {name: file[name] for name in file.files}
         return Answers(files=tuple(str(n) for n in fields.pop("files")), **fields)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise BundleError(f"{path} does not hold recorded answers: {error}. Build the bundle again") from error
 
 

@@ -1,0 +1,184 @@
+"""Mask quality of the reference model against ground truth, at the deployed size, in PyTorch float32.
+
+    python benchmarks/reference_quality.py --data DIR [--weights FILE] [--output benchmarks/results/cpu/FILE.json]
+
+DIR holds the evaluation packs (coco-subset, bsds500, ecssd, davis-frames). mIoU is the mean over masks of the IoU at
+the original image size. Prompts: "GT box", the tight box of the true mask; "centre click", one foreground point at the
+pixel of the true mask farthest from its border. Answers: "single", mask 0; "best of 3", the candidate (masks 1-3)
+closest to the truth; "by predicted IoU", the candidate that the model itself ranks first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgesam_deploy.distill.data import decode_segmentation, tight_box
+from edgesam_deploy.files import sha256_file, write_json
+from edgesam_deploy.images import read_image
+from edgesam_deploy.masks import MASK_THRESHOLD, mask_iou
+from edgesam_deploy.models.checkpoint import load_model
+from edgesam_deploy.models.session import reference_predictor
+from edgesam_deploy.predictor import Predictor
+from edgesam_deploy.prompts import check_prompts
+from edgesam_deploy.recipe import PACKAGE, load_recipe
+
+Mask = NDArray[np.bool_]
+# Name of an answer or of a group of masks -> IoU of each mask.
+Ious = dict[str, list[float]]
+CHUNK = 16
+BSDS_IMAGES = 60
+BSDS_MIN_SHARE = 0.005
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, default=PACKAGE / "assets" / "reference.pt")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu/reference-quality.json"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    recipe = load_recipe("reference")
+    predictor = reference_predictor(load_model(recipe, arguments.weights), recipe)
+    figures = []
+    for name, measure in (("coco", coco), ("bsds", bsds), ("ecssd", ecssd), ("davis", davis)):
+        print(f"measuring {name}", file=sys.stderr)
+        figures += measure(predictor, arguments.data)
+    for figure in figures:
+        print("{pack:14} {split:5} {prompt:13} {answer:18} {group:16} n={count:<5} mIoU {miou:.4f}".format(**figure))
+    origin = {
+        "weights_sha256": sha256_file(arguments.weights),
+        "image_size": recipe.geometry.image_size,
+        "torch": torch.__version__,
+        "precision": "float32",
+        "threads": arguments.threads,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": f"python benchmarks/reference_quality.py --data DIR --weights {arguments.weights.name}",
+    }
+    write_json(arguments.output, {"origin": origin, "figures": figures})
+
+
+def coco(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
+    """GT boxes on coco-subset/val without crowds, by size and by the kind of annotation; and two baselines."""
+    folder = data / "coco-subset"
+    content = json.loads((folder / "instances_val.json").read_text("utf-8"))
+    answers: dict[str, Ious] = defaultdict(lambda: defaultdict(list))
+    for info in content["images"]:
+        annotations = [a for a in content["annotations"] if a["image_id"] == info["id"] and not a["iscrowd"]]
+        truths = [decode_segmentation(a["segmentation"], info["height"], info["width"]) for a in annotations]
+        if not truths:
+            continue
+        predictor.set_image(read_image(folder / info["file_name"]))
+        ious = ask(predictor, truths, box=True)
+        ious["filled box"] = [mask_iou(fill(t, ellipse=False), t) for t in truths]
+        ious["inscribed ellipse"] = [mask_iou(fill(t, ellipse=True), t) for t in truths]
+        for answer, values in ious.items():
+            for annotation, iou in zip(annotations, values, strict=True):
+                area = annotation["area"]
+                size = "small" if area < 32**2 else "medium" if area < 96**2 else "large"
+                for group in ("all", size, annotation["source"]):
+                    answers[answer][group].append(iou)
+    return [row("coco-subset", "val", "GT box", a, g, v) for a, groups in answers.items() for g, v in groups.items()]
+
+
+def bsds(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
+    """Centre clicks in the regions that annotators of bsds500/test drew, the first images by name."""
+    answers: Ious = defaultdict(list)
+    for path in sorted((data / "bsds500" / "test").glob("*.jpg"))[:BSDS_IMAGES]:
+        predictor.set_image(read_image(path))
+        truths = []
+        for file in sorted(path.parent.glob(f"{path.stem}.seg*.png")):
+            labels = read_image(file)[..., 0]
+            regions = [labels == k for k in np.unique(labels)]
+            truths += [r for r in regions if r.mean() >= BSDS_MIN_SHARE]
+        for answer, values in ask(predictor, truths, box=False).items():
+            answers[answer] += values
+    return [row("bsds500", "test", "centre click", a, f"{BSDS_IMAGES} images", v) for a, v in answers.items()]
+
+
+def ecssd(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
+    return objects(predictor, data, "ecssd", by_sequence=False)
+
+
+def davis(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
+    return objects(predictor, data, "davis-frames", by_sequence=True)
+
+
+def objects(predictor: Predictor, data: Path, pack: str, by_sequence: bool) -> list[dict[str, Any]]:
+    """One object per image; frames of a sequence count as one mask, their mean IoU."""
+    answers: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted((data / pack / "val").glob("*.jpg")):
+        truth = read_image(path.with_suffix(".png"))[..., 0] > 127
+        predictor.set_image(read_image(path))
+        for prompt, box in (("GT box", True), ("centre click", False)):
+            for answer, values in ask(predictor, [truth], box=box).items():
+                answers[prompt, answer][path.stem.rpartition("_")[0] if by_sequence else path.stem] += values
+    group = "mean per sequence" if by_sequence else "all"
+    return [
+        row(pack, "val", prompt, answer, group, [float(np.mean(v)) for v in groups.values()])
+        for (prompt, answer), groups in answers.items()
+    ]
+
+
+def ask(predictor: Predictor, truths: list[Mask], box: bool) -> Ious:
+    """IoU of the model's answers to one prompt per true mask, by the name of the answer, in the order of ``truths``."""
+    result: Ious = defaultdict(list)
+    for start in range(0, len(truths), CHUNK):
+        chunk = truths[start : start + CHUNK]
+        height, width = chunk[0].shape
+        if box:
+            prompts = check_prompts(None, None, np.stack([tight_box(t) for t in chunk]), (height, width))
+        else:
+            points = [[centre(t)] for t in chunk]
+            prompts = check_prompts(points, np.ones((len(chunk), 1)), None, (height, width))
+        low_res, scores = predictor.decode(prompts)
+        for truth, logits, score in zip(chunk, low_res, scores, strict=True):
+            masks = predictor.postprocess(logits[None], (height, width))[0] > MASK_THRESHOLD
+            ious = [mask_iou(m, truth) for m in masks]
+            if box:
+                result["single"].append(ious[0])
+            else:
+                result["best of 3"].append(max(ious[1:]))
+                result["by predicted IoU"].append(ious[1 + int(np.argmax(score[1:]))])
+    return result
+
+
+def fill(mask: Mask, ellipse: bool) -> Mask:
+    """What a program without a model would answer: the box of the mask, or the ellipse in it."""
+    x0, y0, x1, y1 = tight_box(mask).tolist()
+    # Distances of the pixel centres from the middle of the box, in half sides.
+    y = np.abs((2 * np.arange(mask.shape[0]) + 1 - y0 - y1) / (y1 - y0))[:, None]
+    x = np.abs((2 * np.arange(mask.shape[1]) + 1 - x0 - x1) / (x1 - x0))[None]
+    filled: Mask = y**2 + x**2 <= 1 if ellipse else np.maximum(y, x) <= 1
+    return filled
+
+
+def centre(mask: Mask) -> tuple[float, float]:
+    """(x, y) of the last pixel to survive erosion by a 3x3 square; outside the image counts as outside the mask."""
+    current = mask
+    while current.any():
+        last, padded = current, np.pad(current, 1)
+        rows = padded[:-2] & padded[1:-1] & padded[2:]
+        current = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
+    ys, xs = np.nonzero(last)
+    nearest = np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2)
+    return float(xs[nearest]), float(ys[nearest])
+
+
+def row(pack: str, split: str, prompt: str, answer: str, group: str, ious: list[float]) -> dict[str, Any]:
+    return {"pack": pack, "split": split, "prompt": prompt, "answer": answer, "group": group, "count": len(ious),
+            "miou": round(float(np.mean(ious)), 4)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

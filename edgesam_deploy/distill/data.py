@@ -1,0 +1,327 @@
+"""Training samples for promptable segmentation, made on the fly from small folders of images and label maps.
+
+Every source is an image and one or more *layers*: uint8 label maps (H,W) in which 0 is "no target" and every other
+value is one region. A sample is a random view of a source at the model's size, P prompts and their target masks.
+All randomness comes from the generator that is passed in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from edgesam_deploy.contract import (
+    LABEL_BACKGROUND,
+    LABEL_BOX_BOTTOM_RIGHT,
+    LABEL_BOX_TOP_LEFT,
+    LABEL_FOREGROUND,
+    LABEL_PADDING,
+)
+from edgesam_deploy.errors import InputError
+from edgesam_deploy.images import read_image
+
+log = logging.getLogger(__name__)
+
+MAX_LABEL = 255
+UInt8 = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """image: RGB, (W,H) as Pillow counts. layers: label maps of the same size, mode L. pack: where it is from."""
+
+    name: str
+    pack: str
+    image: Image.Image
+    layers: tuple[Image.Image, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a sample looks like; shares are probabilities.
+
+    size: S, side of the square view in pixels; also the frame of point_coords. mask_size: side of the targets.
+    prompts: P, prompts per view. padding: RGB colour outside the image.
+    flat: share of views with every region in one colour, which teaches what a prompt means.
+    paste: share of views that get objects of another source. fit: share of views that show the whole image at the
+    top left, as the deployed model sees it. box: share of boxes among the two-token prompts.
+    """
+
+    size: int
+    mask_size: int
+    prompts: int
+    padding: tuple[int, int, int]
+    flat: float
+    paste: float
+    fit: float
+    box: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """image (S,S,3) uint8; point_coords (P,N,2) float32 in pixels of the view; point_labels (P,N) float32;
+    targets (P,mask_size,mask_size) float32, the covered share of each low-resolution pixel."""
+
+    image: UInt8
+    point_coords: Float32
+    point_labels: Float32
+    targets: Float32
+
+
+def load_sources(root: Path) -> list[Source]:
+    """The train splits of the packs under ``root``: bsds500 (train and val, with sod-masks/train), coco-subset, ecssd.
+
+    Raises InputError where a pack is missing.
+    """
+    sources = _load_bsds(root, "train") + _load_bsds(root, "val") + _load_coco(root) + _load_ecssd(root)
+    for pack in ("bsds500", "coco-subset", "ecssd"):
+        if not any(s.pack == pack for s in sources):
+            raise InputError(f"expected the pack '{pack}' with its train split under {root}, found no image of it")
+    log.info("loaded %d images, %d label maps", len(sources), sum(len(s.layers) for s in sources))
+    return sources
+
+
+def _load_bsds(root: Path, split: str) -> list[Source]:
+    sources = []
+    for path in sorted((root / "bsds500" / split).glob("*.jpg")):
+        maps = [Image.open(p).convert("L") for p in sorted(path.parent.glob(f"{path.stem}.seg*.png"))]
+        # Only the train part of sod-masks: its val masks are an evaluation split.
+        salient = root / "sod-masks" / "train" / f"{path.stem}.png"
+        if salient.is_file():
+            maps.append(_binary(salient))
+        sources.append(Source(path.stem, "bsds500", _photograph(path), tuple(maps)))
+    return sources
+
+
+def _load_ecssd(root: Path) -> list[Source]:
+    return [
+        Source(p.stem, "ecssd", _photograph(p), (_binary(p.with_suffix(".png")),))
+        for p in sorted((root / "ecssd" / "train").glob("*.jpg"))
+    ]
+
+
+def _photograph(path: Path) -> Image.Image:
+    return Image.fromarray(read_image(path))
+
+
+def _binary(path: Path) -> Image.Image:
+    return Image.open(path).convert("L").point([0] * 128 + [1] * 128)
+
+
+def _load_coco(root: Path) -> list[Source]:
+    """One label map per image: stuff first, then things from large to small, so that small ones stay whole."""
+    folder = root / "coco-subset"
+    if not (folder / "instances_train.json").is_file():
+        return []
+    kinds = [json.loads((folder / f"{kind}_train.json").read_text("utf-8")) for kind in ("stuff", "instances")]
+    sources = []
+    for info in sorted(kinds[1]["images"], key=lambda i: i["id"]):
+        labels = np.zeros((info["height"], info["width"]), np.uint8)
+        layers = [[a for a in kind["annotations"] if a["image_id"] == info["id"]] for kind in kinds]
+        order = [a for anns in layers for a in sorted(anns, key=lambda a: -a["area"]) if not a.get("iscrowd")]
+        for label, annotation in enumerate(order[:MAX_LABEL], start=1):
+            labels[decode_segmentation(annotation["segmentation"], info["height"], info["width"])] = label
+        image = _photograph(folder / info["file_name"])
+        sources.append(Source(str(info["id"]), "coco-subset", image, (Image.fromarray(labels),)))
+    return sources
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """COCO polygons or RLE to a mask (H,W). pycocotools' own ``COCO`` class prints to stdout, which is for results."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, height, width)
+    decoded: NDArray[np.bool_] = coco_mask.decode(segmentation) > 0
+    return decoded
+
+
+def draw(rng: np.random.Generator, sources: list[Source], settings: Settings, points: int) -> Sample:
+    """One random sample; ``points`` is N, the tokens of each prompt: 2 means boxes and single clicks."""
+    while True:
+        source = sources[_pick_pack(rng, sources)]
+        image, labels = _view(rng, source, settings)
+        if rng.random() < settings.paste:
+            _paste(rng, image, labels, sources[_pick_pack(rng, sources)], settings)
+        if rng.random() < settings.flat:
+            image = _paint(rng, image, labels)
+        found, areas = np.unique(labels, return_counts=True)
+        keep = (found > 0) & (areas >= 3 * (settings.size // settings.mask_size) ** 2)
+        if keep.any():
+            break
+    # Every region about equally often, however large.
+    chosen = np.resize(rng.permutation(found[keep]), settings.prompts).tolist()
+    masks = {k: labels == k for k in set(chosen)}
+    prompts = [_prompt(rng, masks[k], settings, points) for k in chosen]
+    targets = {k: _coverage(m, settings.mask_size) for k, m in masks.items()}
+    return Sample(
+        _change_colours(rng, image),
+        np.stack([p[0] for p in prompts]),
+        np.stack([p[1] for p in prompts]),
+        np.stack([targets[k] for k in chosen]),
+    )
+
+
+def draw_shapes(rng: np.random.Generator, settings: Settings, count: int) -> tuple[Float32, Float32, Float32]:
+    """point_coords (count,2,2), point_labels (count,2), targets (count,mask_size,mask_size): random boxes, and the
+    ellipses in them whatever the image shows.
+
+    What a box means is learned from these in minutes; from photographs alone it takes hours. Large boxes are left to
+    the photographs: there the outline of an object is worth more than its usual shape.
+    """
+    size, step = settings.size, settings.size // settings.mask_size
+    sides = np.exp(rng.uniform(np.log(1.5 * step), np.log(0.4 * size), (count, 1)))
+    sides = np.clip(sides * np.exp(rng.normal(0, 0.4, (count, 2))), step, size)
+    low = rng.uniform(0, 1, (count, 2)) * (size - sides)
+    centres = np.arange(settings.mask_size) * step + step / 2
+    # (count,2,mask_size): distance from the middle along x and y, in half sides
+    distance = np.abs(2 * (centres - low[..., None]) / sides[..., None] - 1)
+    targets = distance[:, 1, :, None] ** 2 + distance[:, 0, None, :] ** 2 <= 1
+    # A narrow ellipse can miss the middle of every pixel; others take its place.
+    keep = np.resize(np.flatnonzero(targets.any(axis=(1, 2))), count)
+    corners = np.stack([low, low + sides], axis=1)[keep].astype(np.float32)
+    labels = np.tile(np.array([LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT], np.float32), (count, 1))
+    return corners, labels, targets[keep].astype(np.float32)
+
+
+def _pick_pack(rng: np.random.Generator, sources: list[Source]) -> int:
+    """An index, COCO images twice as likely: they hold the small objects and the most masks."""
+    weights = np.array([2.0 if s.pack == "coco-subset" else 1.0 for s in sources])
+    return int(rng.choice(len(sources), p=weights / weights.sum()))
+
+
+def _view(rng: np.random.Generator, source: Source, settings: Settings) -> tuple[UInt8, UInt8]:
+    """A random window of a source and of one of its layers: image (S,S,3), labels (S,S); padding is label 0."""
+    size, (width, height) = settings.size, source.image.size
+    scale = np.full(2, size / max(width, height))
+    fit = rng.random() < settings.fit
+    if not fit:
+        scale = scale * np.exp(rng.uniform(np.log(0.6), np.log(2.2))) * np.exp(rng.uniform(-0.12, 0.12, 2))
+    box, paste, target = [0.0, 0.0, float(width), float(height)], [0, 0], [0, 0]
+    for axis, length in enumerate((width, height)):
+        scaled = round(length * scale[axis])
+        target[axis] = min(scaled, size)
+        if scaled > size:
+            box[axis] = rng.uniform(0, length - size / scale[axis])
+            box[axis + 2] = min(box[axis] + size / scale[axis], float(length))
+        elif not fit:
+            paste[axis] = int(rng.integers(0, size - scaled + 1))
+    window = (box[0], box[1], box[2], box[3])
+    layer = source.layers[rng.integers(len(source.layers))]
+    region = np.s_[paste[1] : paste[1] + target[1], paste[0] : paste[0] + target[0]]
+    image = np.empty((size, size, 3), np.uint8)
+    image[:] = settings.padding
+    image[region] = np.asarray(source.image.resize((target[0], target[1]), Image.Resampling.BILINEAR, box=window))
+    labels = np.zeros((size, size), np.uint8)
+    labels[region] = np.asarray(layer.resize((target[0], target[1]), Image.Resampling.NEAREST, box=window))
+    if rng.random() < 0.5:
+        return image[:, ::-1].copy(), labels[:, ::-1].copy()
+    return image, labels
+
+
+def _paste(rng: np.random.Generator, image: UInt8, labels: UInt8, source: Source, settings: Settings) -> None:
+    """Copy up to three regions of another source over ``image`` and ``labels``, in place."""
+    other, other_labels = _view(rng, source, settings)
+    found, areas = np.unique(other_labels, return_counts=True)
+    found = found[(found > 0) & (areas < settings.size**2 // 6)]
+    free = np.setdiff1d(np.arange(1, MAX_LABEL + 1), labels)
+    for label, new in zip(rng.permutation(found)[:3], free, strict=False):
+        mask = other_labels == label
+        image[mask] = other[mask]
+        labels[mask] = new
+
+
+def _paint(rng: np.random.Generator, image: UInt8, labels: UInt8) -> UInt8:
+    """Paint every region in one colour, sometimes over a trace of the photograph.
+
+    With few colours, different regions look the same and only the prompt tells them apart.
+    """
+    palette = rng.uniform(0, 255, (MAX_LABEL + 1, 3)).astype(np.float32)
+    if rng.random() < 0.4:
+        palette = palette[rng.integers(0, rng.integers(2, 7), MAX_LABEL + 1)]
+    opacity = 1.0 if rng.random() < 0.4 else rng.uniform(0.4, 1.0)
+    flat: Float32 = palette[labels] * np.float32(opacity) + image * np.float32(1 - opacity)
+    if rng.random() < 0.5:
+        flat += rng.normal(0, rng.uniform(1, 15), flat.shape).astype(np.float32)
+    return _to_uint8(flat)
+
+
+def _to_uint8(values: Float32) -> UInt8:
+    clipped: UInt8 = np.clip(values, 0, 255).astype(np.uint8)
+    return clipped
+
+
+def _change_colours(rng: np.random.Generator, image: UInt8) -> UInt8:
+    """Random brightness, contrast and channel mixing of the whole view, or nothing."""
+    if rng.random() < 0.3:
+        return image
+    mix = np.eye(3) * rng.uniform(0.7, 1.3) + rng.normal(0, 0.08, (3, 3))
+    if rng.random() < 0.1:
+        mix = np.full((3, 3), 1 / 3)
+    shifted = image.reshape(-1, 3).astype(np.float32) @ mix.astype(np.float32)
+    shifted += rng.uniform(-25, 25, 3).astype(np.float32)
+    return _to_uint8(shifted).reshape(image.shape)
+
+
+def _coverage(mask: NDArray[np.bool_], size: int) -> Float32:
+    """Share of each low-resolution pixel that the mask covers, (size,size) float32."""
+    step = mask.shape[0] // size
+    coverage: Float32 = mask.reshape(size, step, size, step).mean(axis=(1, 3), dtype=np.float32)
+    return coverage
+
+
+def tight_box(mask: NDArray[np.bool_]) -> Float32:
+    """Tight box xyxy float32 in pixel edges: the box of one pixel is one pixel wide."""
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float32)
+
+
+def _prompt(
+    rng: np.random.Generator, mask: NDArray[np.bool_], settings: Settings, points: int
+) -> tuple[Float32, Float32]:
+    """point_coords (N,2) and point_labels (N,) float32 for one mask: a box, clicks, or a box and clicks."""
+    box = tight_box(mask)
+    if rng.random() < (settings.box if points == 2 else 0.5):
+        corners = _jitter(rng, box, settings.size).reshape(2, 2)
+        tail = [(xy, label) for xy, label in zip(corners, (LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT), strict=True)]
+    else:  # SAM adds one padding token to clicks, none to a box
+        tail = [(np.zeros(2, np.float32), LABEL_PADDING)]
+    clicks = [_click(rng, mask, box, foreground=i == 0 or rng.random() < 0.5) for i in range(points - len(tail))]
+    coords, labels = zip(*clicks, *tail, strict=True)
+    return np.array(coords, np.float32), np.array(labels, np.float32)
+
+
+def _jitter(rng: np.random.Generator, box: Float32, size: int) -> Float32:
+    """Half of the boxes exact, half with each edge moved by some 8 % of the side, at most 4 % of the view."""
+    if rng.random() < 0.5:
+        return box
+    noise = rng.normal(0, 0.08, 4) * np.tile(box[2:] - box[:2], 2)
+    return np.clip(box + np.clip(noise, -0.04 * size, 0.04 * size), 0, size).astype(np.float32)
+
+
+def _click(rng: np.random.Generator, mask: NDArray[np.bool_], box: Float32, foreground: bool) -> tuple[Float32, int]:
+    """One click (x, y) and its label: on the mask (half of them near its middle), or beside it near its box."""
+    x0, y0, x1, y1 = box.astype(int).tolist()
+    if not foreground:
+        margin = 4 + max(x1 - x0, y1 - y0) // 3
+        x0, y0, x1, y1 = max(x0 - margin, 0), max(y0 - margin, 0), x1 + margin, y1 + margin
+    ys, xs = np.nonzero(mask[y0:y1, x0:x1] == foreground)
+    if len(ys) == 0:
+        return _click(rng, mask, box, foreground=True)
+    pixels = np.stack([xs + x0, ys + y0], axis=1)[rng.integers(len(ys), size=12)]
+    if not foreground or rng.random() < 0.5:
+        return pixels[0].astype(np.float32), LABEL_FOREGROUND if foreground else LABEL_BACKGROUND
+    # The innermost of a few random pixels: the one with the most of the mask around it.
+    reach = max(2, min(x1 - x0, y1 - y0) // 4)
+    around = [mask[max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1].sum() for x, y in pixels]
+    return pixels[int(np.argmax(around))].astype(np.float32), LABEL_FOREGROUND
