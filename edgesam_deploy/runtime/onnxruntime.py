@@ -38,6 +38,9 @@ class OnnxRuntimeSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        # Idle pools would spin: with two sessions and numpy in one process they take each other's cores (a whole
+        # prediction on 2 cores took 100-112 ms with spinning, 45-54 ms without).
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors only: graph optimisation warns about things that are meant
         if not graph.is_file() or graph.stat().st_size == 0:
             raise GraphError(f"{graph} is missing or empty; expected an ONNX graph. Build the bundle again")
