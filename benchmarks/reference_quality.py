@@ -63,7 +63,8 @@ def main() -> None:
         "precision": "float32",
         "threads": arguments.threads,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/reference_quality.py --data DIR --weights {arguments.weights.name}",
+        "command": f"python benchmarks/reference_quality.py --data DIR --weights {arguments.weights.name} "
+        f"--threads {arguments.threads}",
     }
     write_json(arguments.output, {"origin": origin, "figures": figures})
 

@@ -84,6 +84,9 @@ class PrecisionRules:
 
     keep: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+
 
 @dataclass(frozen=True, slots=True)
 class Int8Rules:
@@ -98,8 +101,14 @@ class Int8Rules:
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
+        _check_keep(self.keep)
         if not 50.0 < self.percentile <= 100.0:
             raise RecipeError(f"precision.int8.percentile must be in (50, 100], got {self.percentile}")
+
+
+def _check_keep(keep: object) -> None:
+    if not isinstance(keep, tuple) or not all(isinstance(pattern, str) for pattern in keep):
+        raise RecipeError(f"precision keep must be a list of regular expressions, got {keep!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,26 +172,25 @@ def draw(rng: np.random.Generator, sources: list[Source], settings: Settings, po
     )
 
 
-def draw_shapes(rng: np.random.Generator, settings: Settings, count: int) -> tuple[Float32, Float32, Float32]:
-    """point_coords (count,2,2), point_labels (count,2), targets (count,mask_size,mask_size): random boxes, and the
-    ellipses in them whatever the image shows.
+def draw_shapes(rng: np.random.Generator, sources: list[Source], settings: Settings) -> Sample:
+    """A view with random boxes, the targets being the ellipses in them, whatever the image shows.
 
-    What a box means is learned from these in minutes; from photographs alone it takes hours. Large boxes are left to
-    the photographs: there the outline of an object is worth more than its usual shape.
+    What a box means is learned from these in minutes; from photographs alone it takes hours.
     """
     size, step = settings.size, settings.size // settings.mask_size
-    sides = np.exp(rng.uniform(np.log(1.5 * step), np.log(0.4 * size), (count, 1)))
-    sides = np.clip(sides * np.exp(rng.normal(0, 0.4, (count, 2))), step, size)
-    low = rng.uniform(0, 1, (count, 2)) * (size - sides)
+    image, _ = _view(rng, sources[_pick_pack(rng, sources)], settings)
+    sides = np.exp(rng.uniform(np.log(1.5 * step), np.log(0.95 * size), (settings.prompts, 1)))
+    sides = np.clip(sides * np.exp(rng.normal(0, 0.4, (settings.prompts, 2))), step, size)
+    low = rng.uniform(0, 1, (settings.prompts, 2)) * (size - sides)
     centres = np.arange(settings.mask_size) * step + step / 2
-    # (count,2,mask_size): distance from the middle along x and y, in half sides
+    # (P,2,mask_size): distance from the middle along x and y, in half sides
     distance = np.abs(2 * (centres - low[..., None]) / sides[..., None] - 1)
     targets = distance[:, 1, :, None] ** 2 + distance[:, 0, None, :] ** 2 <= 1
-    # A narrow ellipse can miss the middle of every pixel; others take its place.
-    keep = np.resize(np.flatnonzero(targets.any(axis=(1, 2))), count)
+    keep = np.flatnonzero(targets.any(axis=(1, 2)))
+    keep = np.resize(keep, settings.prompts)
     corners = np.stack([low, low + sides], axis=1)[keep].astype(np.float32)
-    labels = np.tile(np.array([LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT], np.float32), (count, 1))
-    return corners, labels, targets[keep].astype(np.float32)
+    labels = np.tile(np.array([LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT], np.float32), (settings.prompts, 1))
+    return Sample(_change_colours(rng, image), corners, labels, targets[keep].astype(np.float32))
 
 
 def _pick_pack(rng: np.random.Generator, sources: list[Source]) -> int:

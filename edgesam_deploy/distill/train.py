@@ -47,7 +47,6 @@ NORM_MOMENTUM = 0.02
 
 # image (I,3,S,S) normalised, point_coords (I*P,N,2), point_labels (I*P,N), targets (I*P,4E,4E); all float32.
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-Prompts = tuple[Tensor, Tensor, Tensor]  # the last three of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,8 @@ class Options:
     """The command line.
 
     A step sees ``images`` views with ``prompts`` prompts each. lr: AdamW's peak rate, which a cosine takes to
-    lr * final. average: decay of the running average. flat, paste, fit, box: see data.Settings. shapes: boxes with
-    ellipses per view, on top, from which the decoder alone learns. freeze_norm: keep BatchNorm's statistics. every:
+    lr * final. average: decay of the running average. flat, paste, fit, box: see data.Settings. shapes: share of
+    steps in which the decoder alone learns boxes from ellipses. freeze_norm: keep BatchNorm's statistics. every:
     steps between two log lines and CSV rows; ten times that between two looks at held-out images and saved states.
     """
 
@@ -75,7 +74,7 @@ class Options:
     paste: float = 0.3
     fit: float = 0.4
     box: float = 0.65
-    shapes: int = 0
+    shapes: float = 0.0
     freeze_norm: bool = False
     seed: int = 0
     threads: int = 2
@@ -88,12 +87,10 @@ class Options:
 
 
 class Losses(NamedTuple):
-    """total: scalar to minimise. iou: mean IoU of the answers (mask 0, or the best of the others for a click).
-    shape_iou: the same for shapes."""
+    """total: scalar to minimise. iou: mean IoU of the answers (mask 0, or the best of the others for a click)."""
 
     total: Tensor
     iou: Tensor
-    shape_iou: Tensor
 
 
 def embed_prompts(sam: Sam, coords: Tensor, labels: Tensor) -> Tensor:
@@ -163,7 +160,7 @@ def losses(masks: Tensor, scores: Tensor, targets: Tensor, labels: Tensor) -> Lo
     # The other answer learns too, at a quarter: it must be usable when a caller asks for it.
     chosen = torch.where(is_click, best + 0.25 * single, single + 0.25 * best)
     answer = torch.where(is_click, iou[:, 1:].gather(1, index[:, None]).squeeze(1), iou[:, 0])
-    return Losses(chosen.mean() + F.mse_loss(scores.float(), iou), answer.mean(), torch.zeros(()))
+    return Losses(chosen.mean() + F.mse_loss(scores.float(), iou), answer.mean())
 
 
 def pixel_weights(targets: Tensor) -> Tensor:
@@ -192,20 +189,13 @@ def collate(samples: list[Sample], sam: Sam) -> Batch:
     return image, coords, labels, targets
 
 
-def forward(sam: Sam, batch: Batch, shapes: Prompts | None = None) -> Losses:
-    """The losses of a batch, and of ``shapes`` on the same images if given."""
-    image, *prompts = batch
+def forward(sam: Sam, batch: Batch, encoder_learns: bool = True) -> Losses:
+    image, coords, labels, targets = batch
     with torch.autocast("cpu", torch.bfloat16):
-        embeddings = sam.image_encoder(image)
-        answers = decode(sam, embeddings, embed_prompts(sam, *prompts[:2]))
-    result = losses(*answers, prompts[2], prompts[1])
-    if shapes is None:
-        return result
-    with torch.autocast("cpu", torch.bfloat16):
-        # Shapes have nothing to do with the image: the encoder must not learn from them.
-        answers = decode(sam, embeddings.detach(), embed_prompts(sam, *shapes[:2]))
-    extra = losses(*answers, shapes[2], shapes[1])
-    return Losses(result.total + extra.total, result.iou, extra.iou)
+        with torch.set_grad_enabled(encoder_learns and torch.is_grad_enabled()):
+            embeddings = sam.image_encoder(image)
+        masks, scores = decode(sam, embeddings, embed_prompts(sam, coords, labels))
+    return losses(masks, scores, targets, labels)
 
 
 class Trainer:
@@ -247,9 +237,9 @@ class Trainer:
             if isinstance(module, nn.BatchNorm2d):
                 module.train(not self.options.freeze_norm)
                 module.momentum = NORM_MOMENTUM
-        tokens = int(self.rng.choice(list(TOKENS), p=list(TOKENS.values())))
-        samples = [draw(self.rng, sources, self.settings, tokens) for _ in range(self.options.images)]
-        result = forward(self.sam, collate(samples, self.sam), self._shapes())
+        shapes = self.rng.random() < self.options.shapes
+        # Shapes have nothing to do with the image: the encoder must not learn from them.
+        result = forward(self.sam, collate(self._draw(sources, shapes), self.sam), encoder_learns=not shapes)
         if not torch.isfinite(result.total):
             raise CheckpointError(
                 f"the loss is {result.total.item()} at step {self.step}: start again with a lower --lr"
@@ -263,12 +253,12 @@ class Trainer:
         self._finish_step()
         return result
 
-    def _shapes(self) -> Prompts | None:
-        if self.options.shapes == 0:
-            return None
-        drawn = draw_shapes(self.rng, self.settings, self.options.shapes * self.options.images)
-        coords, labels, targets = (torch.from_numpy(x) for x in drawn)
-        return coords, labels, targets
+    def _draw(self, sources: list[Source], shapes: bool) -> list[Sample]:
+        count = self.options.images
+        if shapes:
+            return [draw_shapes(self.rng, sources, self.settings) for _ in range(count)]
+        tokens = int(self.rng.choice(list(TOKENS), p=list(TOKENS.values())))
+        return [draw(self.rng, sources, self.settings, tokens) for _ in range(count)]
 
     @torch.no_grad()
     def _finish_step(self) -> None:
@@ -375,9 +365,8 @@ def train(options: Options) -> None:
 
 def report(path: Path, trainer: Trainer, means: list[float], seconds: float) -> None:
     """One line to the log and one row to the CSV beside the output."""
-    names = ("loss", "iou", "shape_iou")
-    row = {"step": trainer.step, "lr": trainer.rate()} | {k: round(v, 4) for k, v in zip(names, means, strict=True)}
-    log.info("step %(step)d loss %(loss).3f iou %(iou).3f shape iou %(shape_iou).3f lr %(lr).2e", row)
+    row = {"step": trainer.step, "loss": round(means[0], 4), "iou": round(means[1], 4), "lr": trainer.rate()}
+    log.info("step %(step)d loss %(loss).3f iou %(iou).3f lr %(lr).2e", row)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*row, "seconds"])

@@ -31,4 +31,10 @@ def build_model(recipe: Recipe) -> Sam:
         raise RecipeError(
             f"recipe {recipe.name}: unknown architecture '{recipe.architecture}', expected one of {sorted(BUILDERS)}"
         ) from None
-    return builder(recipe).eval()
+    try:
+        return builder(recipe).eval()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"the option {error} is missing" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"recipe {recipe.name}: [model] does not describe a '{recipe.architecture}': {reason}"
+        ) from error

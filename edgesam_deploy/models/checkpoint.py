@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +63,9 @@ def load_model(recipe: Recipe, checkpoint: Path) -> Sam:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors by name from a .pt or .pth file, on the CPU."""
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how the file was pickled; what it holds is checked below
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} does not exist") from error
     except pickle.UnpicklingError as error:
@@ -69,10 +73,24 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is refused: it holds Python objects or code besides tensors, or is not a PyTorch checkpoint; "
             "expected a state dict saved with torch.save(model.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (  # what torch.load lets through, by what a damaged or foreign file makes it trip over
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is not a readable PyTorch checkpoint (truncated?): {reason}") from error
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+    if (
+        not isinstance(loaded, Mapping)
+        or not loaded
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
+    ):
         raise CheckpointError(f"{path} must hold a state dict (tensor names to tensors), holds {_describe(loaded)}")
     return dict(loaded)
 

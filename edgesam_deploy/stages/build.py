@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgesam_deploy.bundle import ANSWERS, GRAPHS, MANIFEST, SCHEMA, parse_manifest
-from edgesam_deploy.errors import InputError
+from edgesam_deploy.bundle import ANSWERS, GRAPHS, MANIFEST, SCHEMA, check_replaceable, parse_manifest
+from edgesam_deploy.errors import CheckpointError, InputError
 from edgesam_deploy.files import sha256_file, write_json, writing_folder
 from edgesam_deploy.images import list_images
 from edgesam_deploy.measure.accuracy import AccuracyResult, load_answers
@@ -65,6 +65,7 @@ def build(options: BuildOptions, progress: Progress = _quiet) -> BuildResult:
     A bundle below its threshold is written too, with ``verified`` false. Raises the stages' own errors; whatever
     happens, a bundle that was there before stays until the new one is complete.
     """
+    check_replaceable(options.output)
     work = options.output.parent / ".stages" / options.output.name
     with exclusive(work):
         cache = StageCache(work, options.force)
@@ -76,7 +77,14 @@ def _stages(options: BuildOptions, cache: StageCache, progress: Progress) -> tup
     """Everything up to typed graphs: (graph file by name, folder of the reference's answers and images)."""
     recipe = options.recipe
     checkpoint = _checkpoint(options)
-    base = {"recipe": recipe.digest, "checkpoint": sha256_file(checkpoint)}
+    # Only what shapes the network: other precision rules or thresholds must not cost an export.
+    base = {
+        "architecture": [recipe.architecture, dict(recipe.options)],
+        "geometry": asdict(recipe.geometry),
+        "pixels": asdict(recipe.pixels),
+        "opset": recipe.opset,
+        "checkpoint": sha256_file(checkpoint),
+    }
 
     def export(folder: Path) -> Mapping[str, Any]:
         from edgesam_deploy.stages.export import export as run
@@ -100,7 +108,7 @@ def _checkpoint(options: BuildOptions) -> Path:
 
     if options.checkpoint is not None:
         if not options.checkpoint.is_file():
-            raise InputError(f"checkpoint {options.checkpoint} does not exist")
+            raise CheckpointError(f"checkpoint {options.checkpoint} does not exist")
         return options.checkpoint
     return checkpoint_path(options.recipe)
 

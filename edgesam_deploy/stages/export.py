@@ -57,7 +57,7 @@ def export(recipe: Recipe, checkpoint: Path, output: Path) -> ExportResult:
     compute what PyTorch computes.
     """
     model = load_model(recipe, checkpoint)
-    origin = {"stage": "export", "recipe": recipe.name, "recipe_digest": recipe.digest, "torch": torch.__version__}
+    origin = {"stage": "export", "architecture": recipe.architecture, "torch": torch.__version__}
     origin["checkpoint_sha256"] = sha256_file(checkpoint)
     protos = export_model(model, recipe)
     for name, proto in protos.items():

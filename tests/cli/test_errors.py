@@ -332,10 +332,6 @@ RECIPES: dict[str, Row] = {
         "unknown-precision-table": "parse_recipe ignores unknown tables",
         "unknown-export-entry": "parse_recipe ignores unknown entries of [export]",
         "unknown-option": "builders ignore unknown entries of [model]",
-        "missing-backbone": "KeyError: builders index recipe.options",
-        "unknown-backbone": "RuntimeError of timm",
-        "keep-text": "PrecisionRules and Int8Rules take a text for a list of texts",
-        "keep-number": "TypeError in the quantize stage",
     },
 )
 def test_a_recipe_that_does_not_validate(scene: Path, line: str, code: int, says: tuple[str, ...]) -> None:
@@ -395,15 +391,7 @@ CHECKPOINTS: dict[str, Row] = {
 }
 
 
-@table(
-    CHECKPOINTS,
-    {
-        "missing-file-build": "build raises InputError (exit 2) where export raises CheckpointError (exit 1)",
-        "truncated-pickle": "torch.load raises struct.error",
-        "text": "torch.load raises IndexError",
-        "number-key": "TypeError: names of tensors are sorted with a number among them",
-    },
-)
+@table(CHECKPOINTS)
 def test_a_checkpoint_that_is_none(
     scene: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int, says: tuple[str, ...]
 ) -> None:
@@ -682,7 +670,7 @@ ALONE = {
 }
 
 
-@table(ALONE, {"code-in-a-newer-pickle": "torch warns about pickle protocol 4"})
+@table(ALONE)
 def test_in_a_process_of_its_own_it_is_the_same(scene: Path, line: str, code: int, says: tuple[str, ...]) -> None:
     """Warnings of other libraries would show here."""
     check_alone(run_alone(line, scene), code, says, scene)

@@ -259,7 +259,6 @@ def test_other_verification_images_redo_the_reference_only(words: list[str], fin
     assert [n for n in load_bundle(finished).manifest["files"] if n.endswith(".png")] == ["verify/red.png"]
 
 
-@pytest.mark.xfail(strict=True, reason="the export depends on the digest of the whole recipe, so all is redone")
 def test_another_percentile_redoes_calibration_and_what_follows(
     words: list[str], finished: Path, tmp_path: Path, built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
