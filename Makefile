@@ -6,7 +6,7 @@ DEMO_PHOTO = edgesam_deploy/assets/photos/verify/kingfisher.jpg
 # On a Jetson the environment must see JetPack's own tensorrt.
 SITE = $(if $(wildcard /etc/nv_tegra_release),--system-site-packages)
 # The runtime is also tested on the oldest supported Python (JetPack 6), where one is at hand.
-PYTHON310 ?= $(shell command -v python3.10 || ls $$HOME/.pyenv/versions/3.10.*/bin/python3.10 2>/dev/null | tail -n 1)
+PYTHON310 ?= $(shell for p in $$HOME/.pyenv/versions/3.10.*/bin/python3.10 python3.10; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 
 .PHONY: demo test lint types runtime310 clean
 
