@@ -45,14 +45,19 @@ def draw(
     return picture
 
 
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """Encode by the file's suffix and write it whole or not at all. Raises OutputError for an unknown suffix."""
-    buffer = io.BytesIO()
+def picture_format(path: Path) -> str:
+    """Pillow's name of the format that a file's suffix means. Raises OutputError for an unknown suffix."""
     formats = Image.registered_extensions()
     if path.suffix.lower() not in formats:
         raise OutputError(f"cannot tell the picture format of {path}: give a name that ends in .png or .jpg")
+    return formats[path.suffix.lower()]
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Encode by the file's suffix and write it whole or not at all. Raises OutputError for an unknown suffix."""
+    buffer = io.BytesIO()
     try:
-        picture.save(buffer, format=formats[path.suffix.lower()])
+        picture.save(buffer, format=picture_format(path))
     except (OSError, KeyError, ValueError) as error:
         raise OutputError(f"cannot encode {path}: {error}; give a name that ends in .png or .jpg") from error
     write_bytes(path, buffer.getvalue())

@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ else:  # Python 3.10: JetPack 6
 
 PACKAGE = Path(__file__).resolve().parent
 PRECISIONS = ("fp32", "fp16", "int8")
+_TABLES = ("name", "summary", "model", "checkpoint", "geometry", "pixels", "export", "precision", "verify")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,11 @@ class Int8Rules:
 def _check_keep(keep: object) -> None:
     if not isinstance(keep, tuple) or not all(isinstance(pattern, str) for pattern in keep):
         raise RecipeError(f"precision keep must be a list of regular expressions, got {keep!r}")
+    for pattern in keep:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RecipeError(f"precision keep holds an invalid regular expression {pattern!r}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +191,11 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
     """Validate the parsed TOML of one recipe. ``path`` is for messages only."""
     try:
         model, precision = dict(raw["model"]), dict(raw.get("precision", {}))
+        _check_entries("recipe", raw, _TABLES)
+        _check_entries("precision", precision, PRECISIONS[1:])
+        _check_entries("export", raw["export"], ("opset",))
+        _check_entries("verify", raw["verify"], ("min_mask_iou",))
+        _check_entries("verify.min_mask_iou", raw["verify"]["min_mask_iou"], PRECISIONS)
         return Recipe(
             name=str(raw["name"]),
             summary=str(raw["summary"]),
@@ -205,10 +217,14 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
 
 
 def _build(cls: type[Any], raw: Mapping[str, Any]) -> Any:
-    unknown = set(raw) - {f.name for f in dataclasses.fields(cls)}
-    if unknown:
-        raise RecipeError(f"unknown entries {sorted(unknown)} for {cls.__name__.lower()}")
+    _check_entries(cls.__name__.lower(), raw, [f.name for f in dataclasses.fields(cls)])
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+def _check_entries(what: str, raw: Mapping[str, Any], known: Iterable[str]) -> None:
+    """A misspelt entry must not pass for one that was left out."""
+    if unknown := sorted(set(raw) - set(known)):
+        raise RecipeError(f"unknown entries {unknown} for {what}, expected {sorted(known)}")
 
 
 def _digest(raw: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def test_padding_is_the_colour_that_normalises_closest_to_zero() -> None:
         ("int8 = ", "int8 = 7 #", "must be a number in 0..1"),
         ("[geometry]", "[geometry]\ndepth = 3", "unknown entries ['depth']"),
         ("[export]", "[export", "not valid TOML"),
-        ("[export]", "[exports]", "'export' is missing"),
+        ("[export]", "[exports]", "unknown entries ['exports'] for recipe"),
         ("sha256 = ", 'sha256 = "zz" #', "64 lower-case hex digits"),
         ("file = ", 'url = "http://127.0.0.1/x"\nfile = ', "exactly one of"),
     ],

@@ -76,6 +76,11 @@ def command(
     from edgesam_deploy.images import read_image
     from edgesam_deploy.prompts import check_prompts
 
+    for path in (output, save_mask):
+        if path is not None:
+            from edgesam_deploy.overlay import picture_format
+
+            picture_format(path)
     pixels = read_image(image)
     coords = [[p[:2] for p in points]] if points else None
     labels = [[p[2] if len(p) == 3 else 1 for p in points]] if points else None

@@ -27,18 +27,17 @@ def command(encoder: Path, recipe: str, calibration: Path | None, encoding: str,
     """Calibrate and quantize the simplified FP32 graph ENCODER."""
     from edgesam_deploy.errors import MissingExtraError
     from edgesam_deploy.files import check_writable
-    from edgesam_deploy.images import list_images
     from edgesam_deploy.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     try:
         from edgesam_deploy.stages.build import PHOTOS
-        from edgesam_deploy.stages.calibrate import calibrate
+        from edgesam_deploy.stages.calibrate import calibrate, calibration_images
         from edgesam_deploy.stages.cpu_encoding import encode_for_cpu
         from edgesam_deploy.stages.quantize import quantize
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export") from error
-    images = list_images(calibration or PHOTOS / "calibration")
+    images = calibration_images(calibration or PHOTOS / "calibration")
     check_writable(output)
     with tempfile.TemporaryDirectory() as folder:
         ranges = calibrate(

@@ -33,8 +33,8 @@ def build_model(recipe: Recipe) -> Sam:
         ) from None
     try:
         return builder(recipe).eval()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"the option {error} is missing" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise RecipeError(
             f"recipe {recipe.name}: [model] does not describe a '{recipe.architecture}': {reason}"
         ) from error

@@ -13,7 +13,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from edgesam_deploy.errors import RecipeError
-from edgesam_deploy.models.sam import assemble
+from edgesam_deploy.models.sam import assemble, options
 from edgesam_deploy.models.tiny_vit import MBConv, PatchEmbed, PatchMerging, Stage, TinyVitBlock
 from edgesam_deploy.recipe import Recipe
 
@@ -70,15 +70,14 @@ def build(recipe: Recipe) -> Sam:
     The first stage is convolutional; its num_heads and window_sizes are written for the sake of alignment only.
     """
     geometry = recipe.geometry
-    options = {key: tuple(recipe.options[key]) for key in ("embed_dims", "depths", "num_heads", "window_sizes")}
+    given = options(recipe, "embed_dims", "depths", "num_heads", "window_sizes")
+    sizes = {key: tuple(value) for key, value in given.items()}
     stages = len(MERGING_STRIDES) + 1
-    if any(len(values) != stages for values in options.values()):
-        raise RecipeError(
-            f"recipe {recipe.name}: each of {', '.join(options)} must list {stages} stages, got {options}"
-        )
+    if any(len(values) != stages for values in sizes.values()):
+        raise RecipeError(f"recipe {recipe.name}: each of {', '.join(sizes)} must list {stages} stages, got {sizes}")
     if geometry.image_size != STRIDE * geometry.embedding_size:
         raise RecipeError(
             f"recipe {recipe.name}: MobileSAM's encoder has stride {STRIDE}, so geometry.image_size must be "
             f"{STRIDE} * embedding_size = {STRIDE * geometry.embedding_size}, got {geometry.image_size}"
         )
-    return assemble(MobileSamEncoder(**options, channels=geometry.embedding_channels), recipe)
+    return assemble(MobileSamEncoder(**sizes, channels=geometry.embedding_channels), recipe)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
+from edgesam_deploy.errors import RecipeError
 from edgesam_deploy.recipe import Recipe
+
+
+def options(recipe: Recipe, *names: str) -> dict[str, Any]:
+    """The entries of a recipe's [model] table. Raises RecipeError unless they are exactly ``names``."""
+    found = set(recipe.options)
+    for what, wrong in (("lacks", set(names) - found), ("does not know", found - set(names))):
+        if wrong:
+            raise RecipeError(
+                f"recipe {recipe.name}: architecture '{recipe.architecture}' {what} {', '.join(sorted(wrong))}; "
+                f"[model] takes {', '.join(names)}"
+            )
+    return dict(recipe.options)
 
 
 def assemble(image_encoder: nn.Module, recipe: Recipe) -> Sam:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,27 @@ def build(options: BuildOptions, progress: Progress = _quiet) -> BuildResult:
     happens, a bundle that was there before stays until the new one is complete.
     """
     check_replaceable(options.output)
+    images = _images(options)
     work = options.output.parent / ".stages" / options.output.name
     with exclusive(work):
         cache = StageCache(work, options.force)
-        graphs, answers = _stages(options, cache, progress)
+        graphs, answers = _stages(options, images, cache, progress)
         return _assemble(options, cache, graphs, answers, progress)
 
 
-def _stages(options: BuildOptions, cache: StageCache, progress: Progress) -> tuple[dict[str, Path], Path]:
+def _images(options: BuildOptions) -> dict[str, list[Path]]:
+    """The verification images and, for INT8, the calibration images: looked at before anything takes time."""
+    images = {VERIFY: list_images(options.images or PHOTOS / "verify")}
+    if options.precision == "int8":
+        from edgesam_deploy.stages.calibrate import calibration_images
+
+        images["calibration"] = calibration_images(options.calibration or PHOTOS / "calibration")
+    return images
+
+
+def _stages(
+    options: BuildOptions, images: Mapping[str, Sequence[Path]], cache: StageCache, progress: Progress
+) -> tuple[dict[str, Path], Path]:
     """Everything up to typed graphs: (graph file by name, folder of the reference's answers and images)."""
     recipe = options.recipe
     checkpoint = _checkpoint(options)
@@ -93,13 +106,13 @@ def _stages(options: BuildOptions, cache: StageCache, progress: Progress) -> tup
 
     exported = cache.run("export", base, export)
     simplified = {name: _simplify(cache, name, exported.folder / f"{name}.onnx") for name in GRAPHS}
-    answers = _reference(options, cache, checkpoint, base, progress)
+    answers = _reference(options, images[VERIFY], cache, checkpoint, base, progress)
     if options.precision == "fp32":
         return simplified, answers
     if options.precision == "fp16":
         return {name: _fp16(cache, recipe, name, graph) for name, graph in simplified.items()}, answers
     # INT8: the encoder carries the load; the decoder is small, sensitive, and stays FP32.
-    encoder = _int8(options, cache, simplified["encoder"], progress)
+    encoder = _int8(options, images["calibration"], cache, simplified["encoder"], progress)
     return {"encoder": encoder, "decoder": simplified["decoder"]}, answers
 
 
@@ -132,14 +145,13 @@ def _fp16(cache: StageCache, recipe: Recipe, name: str, graph: Path) -> Path:
     return cache.run(f"fp16-{name}", inputs, action).folder / f"{name}.onnx"
 
 
-def _int8(options: BuildOptions, cache: StageCache, graph: Path, progress: Progress) -> Path:
+def _int8(options: BuildOptions, images: Sequence[Path], cache: StageCache, graph: Path, progress: Progress) -> Path:
     """calibrate -> quantize -> (for the CPU) encode; returns the typed encoder."""
     from edgesam_deploy.stages.calibrate import calibrate, images_digest, load_ranges
     from edgesam_deploy.stages.cpu_encoding import encode_for_cpu
     from edgesam_deploy.stages.quantize import quantize
 
     recipe, rules = options.recipe, options.recipe.int8
-    images = list_images(options.calibration or PHOTOS / "calibration")
 
     def run_calibrate(folder: Path) -> Mapping[str, Any]:
         ranges = calibrate(
@@ -178,10 +190,14 @@ def _int8(options: BuildOptions, cache: StageCache, graph: Path, progress: Progr
 
 
 def _reference(
-    options: BuildOptions, cache: StageCache, checkpoint: Path, base: Mapping[str, object], progress: Progress
+    options: BuildOptions,
+    images: Sequence[Path],
+    cache: StageCache,
+    checkpoint: Path,
+    base: Mapping[str, object],
+    progress: Progress,
 ) -> Path:
     """The folder with the verification images and the PyTorch model's answers on them."""
-    images = list_images(options.images or PHOTOS / "verify")
 
     def action(folder: Path) -> Mapping[str, Any]:
         from edgesam_deploy.stages.reference import record_answers

@@ -85,18 +85,14 @@ def calibrate(
 ) -> Ranges:
     """Write the ranges of every activation of an encoder graph as JSON.
 
-    graph: a simplified FP32 encoder (uint8 image in). images: a folder or files, at least ``MIN_IMAGES``.
+    graph: a simplified FP32 encoder (uint8 image in). images: files, or a folder of at least ``MIN_IMAGES``.
     percentile: share of values, in percent, that a scale must cover; 100 takes the maximum.
     progress: wraps the iteration over images, for a progress bar.
     """
-    paths = list_images(images) if isinstance(images, Path) else list(images)
-    if len(paths) < MIN_IMAGES:
-        raise InputError(
-            f"calibration needs at least {MIN_IMAGES} images to be trusted, got {len(paths)}: add photographs"
-        )
+    paths = calibration_images(images) if isinstance(images, Path) else list(images)
     model = graphs.load(graph)
+    size = _image_size(model, graph)
     names = _activations(model)
-    size = model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value
     histograms = {name: Histogram() for name in names}
     with tempfile.TemporaryDirectory() as folder:
         watched = _watch(model, names, Path(folder) / "watched.onnx")
@@ -117,6 +113,17 @@ def calibrate(
     return ranges
 
 
+def calibration_images(folder: Path) -> list[Path]:
+    """The images of a calibration set. Raises InputError if they are too few to be trusted, ImageError if none."""
+    paths = list_images(folder)
+    if len(paths) < MIN_IMAGES:
+        raise InputError(
+            f"calibration needs at least {MIN_IMAGES} images to be trusted, {folder} holds {len(paths)}: "
+            "add photographs"
+        )
+    return paths
+
+
 def load_ranges(path: Path) -> Ranges:
     """Read what ``calibrate`` wrote. Raises GraphError if it is not that."""
     try:
@@ -128,6 +135,25 @@ def load_ranges(path: Path) -> Ranges:
 def images_digest(paths: Sequence[Path]) -> str:
     """sha256 over the images' own sha256, in order: the identity of a calibration set."""
     return hashlib.sha256("".join(sha256_file(p) for p in paths).encode()).hexdigest()
+
+
+def _image_size(model: onnx.ModelProto, path: Path) -> int:
+    """S of an FP32 image encoder. Raises GraphError for any other graph."""
+    shapes: dict[str, list[int]] = {
+        i.name: [d.dim_value for d in i.type.tensor_type.shape.dim]
+        for i in model.graph.input
+        if i.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    }
+    shape = shapes.get(IMAGE, [])
+    if len(model.graph.input) != 1 or len(shape) != 4 or shape[2] != shape[3] or not shape[3]:
+        found = ", ".join(i.name for i in model.graph.input) or "none"
+        raise GraphError(
+            f"{path} is not an image encoder: expected one input '{IMAGE}' (1,3,S,S) of uint8, got the inputs {found}. "
+            "Give the encoder that `sam-export simplify` made"
+        )
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
+        raise GraphError(f"{path} is quantized already: give the FP32 encoder that `sam-export simplify` made")
+    return shape[3]
 
 
 def _activations(model: onnx.ModelProto) -> list[str]:

@@ -23,6 +23,10 @@ PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
 PRODUCER = "edgesam-deploy"
 # Relative to the largest |output|: what re-ordering float32 sums may change.
 AGREEMENT = 1e-4
+_NUMBERS = {
+    getattr(onnx.TensorProto, name)
+    for name in ("BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "FLOAT16", "FLOAT", "DOUBLE")
+}
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -133,18 +137,29 @@ def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 
 def example_feeds(model: onnx.ModelProto, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
-    """Seeded inputs of plausible size: dynamic axes get 2 prompts of 3 points, labels and images their own range."""
+    """Seeded inputs of plausible size, labels and images in their own range.
+
+    Dynamic axes get 2, 3, 4 … in the order they appear (2 prompts of 3 points); those of one name, one size. Raises
+    GraphError for an input that is not a tensor of numbers.
+    """
     rng = np.random.default_rng(seed)
     names = [i.name for i in model.graph.initializer]
     feeds: dict[str, npt.NDArray[Any]] = {}
+    sizes: dict[str, int] = {}
     for spec in model.graph.input:
         if spec.name in names:
             continue
         tensor = spec.type.tensor_type
-        free = iter((2, 3))
-        shape = [d.dim_value if d.HasField("dim_value") else next(free) for d in tensor.shape.dim]
+        axes = [d.dim_param or f"{spec.name}:{i}" for i, d in enumerate(tensor.shape.dim)]
+        shape = [
+            d.dim_value if d.HasField("dim_value") else sizes.setdefault(axis, len(sizes) + 2)
+            for d, axis in zip(tensor.shape.dim, axes, strict=True)
+        ]
+        if tensor.elem_type not in _NUMBERS:
+            kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+            raise GraphError(f"the graph's input '{spec.name}' must be a tensor of numbers, is {kind}")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        if dtype == np.uint8:
+        if dtype == np.uint8 and len(shape) >= 2:
             feeds[spec.name] = _blocks(rng, shape)
         elif spec.name == POINT_LABELS:
             feeds[spec.name] = rng.integers(-1, 4, shape).astype(dtype)
