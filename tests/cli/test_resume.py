@@ -37,11 +37,13 @@ STAGES = (
 
 # Runs a real build, and sends itself a signal in the middle of one stage: half a file is written by then.
 STOPPED = """
-import os, sys
+import os, signal, sys
 from edgesam_deploy.cli import main
 from edgesam_deploy.stages import build
 from edgesam_deploy.stages.cache import StageCache
 
+# A shell that starts a job in the background has it ignore control-C, and all that the job starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 stage, number, *words = sys.argv[1:]
 run = StageCache.run
 
