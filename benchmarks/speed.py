@@ -22,7 +22,7 @@ from edgesam_deploy.files import sha256_file, write_json
 from edgesam_deploy.images import read_image
 from edgesam_deploy.measure.latency import machine
 from edgesam_deploy.recipe import PACKAGE, load_recipe
-from edgesam_deploy.runtime import open_session
+from edgesam_deploy.runtime import SessionOptions, open_session
 from edgesam_deploy.stages.build import BuildOptions, build
 from edgesam_deploy.stages.cache import tool_versions
 from edgesam_deploy.target import load_target
@@ -49,7 +49,7 @@ def encoders(threads: int, runs: int) -> dict[str, Any]:
             output = Path(folder) / f"reference-{precision}"
             build(BuildOptions(recipe, load_target("cpu"), precision, output))
             graphs[precision] = output / "encoder.onnx"
-        sessions = {name: open_session(path, threads=threads) for name, path in graphs.items()}
+        sessions = {name: open_session(path, options=SessionOptions(threads=threads)) for name, path in graphs.items()}
         for run in range(WARMUP + runs):
             for name, session in sessions.items():
                 started = time.perf_counter()

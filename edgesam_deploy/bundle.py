@@ -3,6 +3,7 @@
     encoder.onnx  decoder.onnx   the two graphs (contract.py)
     manifest.json                schema, hashes, origin, geometry, image constants, results
     verify/                      images and answers.npz, the PyTorch FP32 model's answers (measure.accuracy)
+    encoder.engine decoder.engine    plans, made by ``sam-export compile``; a bundle for a GPU without them is a *kit*
 
 ``load_bundle`` reads the manifest and compares every file's hash; what it returns was neither cut nor changed.
 """
@@ -12,23 +13,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesam_deploy.contract import Geometry, GraphContract, contracts
+from edgesam_deploy.contract import IMAGE_EMBEDDINGS, Geometry, GraphContract, TensorSpec, contracts
 from edgesam_deploy.errors import BundleError, InputError, OutputError
 from edgesam_deploy.files import sha256_file
 from edgesam_deploy.recipe import PACKAGE, PRECISIONS, Pixels
 
 if TYPE_CHECKING:
     from edgesam_deploy.predictor import Predictor
+    from edgesam_deploy.runtime import SessionOptions
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 GRAPHS = ("encoder", "decoder")
 ANSWERS = "verify/answers.npz"
+# Backends that run plans, which are made on the device, and not the ONNX files themselves.
+ENGINE_BACKENDS = ("tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,36 +49,74 @@ class Bundle:
     verified: bool
     manifest: Mapping[str, Any]
 
+    @property
+    def compiled(self) -> bool:
+        """Whether it runs as it is; a kit must be compiled on its device first."""
+        return self.backend not in ENGINE_BACKENDS or self.manifest.get("engines") is not None
+
     def graph(self, name: str) -> Path:
-        """The file of ``encoder`` or ``decoder``."""
+        """The ONNX file of ``encoder`` or ``decoder``."""
         return self.path / f"{name}.onnx"
 
-    @contextmanager
-    def open(self, threads: int | None = None) -> Iterator[Predictor]:
-        """A Predictor on this bundle's backend; sessions are freed on exit. threads: None for all cores.
+    def engine(self, name: str) -> Path:
+        """The plan of ``encoder`` or ``decoder``, which a kit does not have yet."""
+        return self.path / f"{name}.engine"
 
-        Raises BundleError if a graph's inputs or outputs are not those of the contract.
+    @contextmanager
+    def open(self, threads: int | None = None, cuda: str = "ctypes", cuda_graph: bool = False) -> Iterator[Predictor]:
+        """A Predictor on this bundle's backend; sessions are freed on exit.
+
+        threads: CPU threads, None for all cores. cuda, cuda_graph: for engines, as in ``runtime.SessionOptions``; the
+        graph is the encoder's. Raises BundleError if a graph's inputs or outputs are not those of the contract, if this
+        is a kit or its engines are stale, and BackendError for engines of another machine.
         """
-        with open_graphs({name: self.graph(name) for name in GRAPHS}, self, threads) as predictor:
+        from edgesam_deploy.runtime import SessionOptions
+
+        files = {name: self.graph(name) for name in GRAPHS}
+        if self.backend in ENGINE_BACKENDS:
+            self._check_engines(cuda)
+            files = {name: self.engine(name) for name in GRAPHS}
+        options = SessionOptions(threads, cuda, cuda_graph, stay=(IMAGE_EMBEDDINGS,))
+        with open_graphs(files, self, options, self.backend) as predictor:
             yield predictor
+
+    def _check_engines(self, cuda: str) -> None:
+        """Raise unless the engines are there, were built from these graphs, and are for this machine."""
+        from edgesam_deploy.runtime.bindings import use
+        from edgesam_deploy.runtime.cuda import open_cuda
+        from edgesam_deploy.runtime.plans import EngineRecord, check_machine, check_record
+
+        if not self.compiled:
+            raise BundleError(
+                f"{self.path} is a kit for '{self.target}': finish it on that device with  sam-export compile "
+                f"{self.path}"
+            )
+        record = EngineRecord.parse(self.manifest["engines"], self.path / MANIFEST)
+        check_record(record, self.path, {n: self.manifest["files"][f"{n}.onnx"]["sha256"] for n in GRAPHS})
+        capability = open_cuda(cuda).compute_capability()
+        check_machine(record, self.path, use(self.backend), capability)
 
 
 @contextmanager
-def open_graphs(graphs: Mapping[str, Path], bundle: Bundle, threads: int | None = None) -> Iterator[Predictor]:
-    """A Predictor on given ``encoder`` and ``decoder`` files with the bundle's geometry, pixels and backend."""
+def open_graphs(
+    graphs: Mapping[str, Path], bundle: Bundle, options: SessionOptions, backend: str
+) -> Iterator[Predictor]:
+    """A Predictor on given ``encoder`` and ``decoder`` files with the bundle's geometry and pixels."""
     from edgesam_deploy.predictor import Predictor
     from edgesam_deploy.runtime import BACKENDS, open_session
 
-    if bundle.backend not in BACKENDS:
+    if backend not in BACKENDS:
         raise BundleError(
-            f"bundle {bundle.path} is for the backend '{bundle.backend}', this version has {', '.join(BACKENDS)}: "
+            f"bundle {bundle.path} is for the backend '{backend}', this version has {', '.join(BACKENDS)}: "
             "upgrade edgesam-deploy"
         )
     expected = contracts(bundle.geometry)
     with ExitStack() as stack:
         sessions = {}
         for name in GRAPHS:
-            session = stack.enter_context(open_session(graphs[name], bundle.backend, threads))
+            # Prompts change their shape from call to call, so that a recorded graph pays for the encoder only.
+            own = options if name == "encoder" else replace(options, cuda_graph=False)
+            session = stack.enter_context(open_session(graphs[name], backend, own))
             _check_specs(session.specs(), expected[name], graphs[name])
             sessions[name] = session
         yield Predictor(sessions["encoder"], sessions["decoder"], bundle.geometry, bundle.pixels)
@@ -181,8 +223,15 @@ def _check_specs(found: GraphContract, expected: GraphContract, graph: Path) -> 
     """Raise BundleError naming the first tensor that the manifest's geometry does not explain."""
     pairs = zip_longest((*expected.inputs, *expected.outputs), (*found.inputs, *found.outputs))
     for want, have in pairs:
-        if want != have:
+        if want is None or have is None or not _same(want, have):
             raise BundleError(
                 f"{graph} has other inputs or outputs than {MANIFEST} says: expected {want}, found {have}. "
                 "Build the bundle again"
             )
+
+
+def _same(want: TensorSpec, have: TensorSpec) -> bool:
+    """Equal but for the names of dynamic axes, which a plan does not keep."""
+    return (want.name, want.dtype, len(want.shape)) == (have.name, have.dtype, len(have.shape)) and all(
+        a == b or (isinstance(a, str) and isinstance(b, str)) for a, b in zip(want.shape, have.shape, strict=True)
+    )

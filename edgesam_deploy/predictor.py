@@ -14,7 +14,7 @@ from edgesam_deploy.errors import ImageError, InputError, PromptError
 from edgesam_deploy.masks import MASK_THRESHOLD, upscale_logits
 from edgesam_deploy.prompts import Prompts, check_prompts, encode_prompts
 from edgesam_deploy.recipe import Pixels
-from edgesam_deploy.runtime import Session
+from edgesam_deploy.runtime import Session, Tensor
 from edgesam_deploy.transforms import to_encoder_input
 
 
@@ -38,9 +38,9 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class _Embedded:
-    """The image that prompts refer to."""
+    """The image that prompts refer to. embeddings: an array, or what the encoder's backend keeps on its device."""
 
-    embeddings: npt.NDArray[np.float32]
+    embeddings: Tensor
     original_hw: tuple[int, int]
 
 
@@ -48,7 +48,7 @@ class Predictor:
     """Runs an encoder and a decoder session behind ``set_image`` and ``predict``.
 
     The sessions stay the caller's: enter them before, leave them after. Not thread-safe (``set_image`` keeps
-    state); use one Predictor per thread, the sessions may be shared if their backend allows it.
+    state): use one Predictor per thread. ONNX Runtime sessions may be shared between them, engine sessions may not.
     """
 
     def __init__(self, encoder: Session, decoder: Session, geometry: Geometry, pixels: Pixels) -> None:
@@ -70,7 +70,7 @@ class Predictor:
 
     def get_image_embedding(self) -> npt.NDArray[np.float32]:
         """image_embeddings (1,C,E,E) float32 of the current image."""
-        return self._current().embeddings
+        return np.asarray(self._current().embeddings)
 
     def predict(
         self,
@@ -120,9 +120,7 @@ class Predictor:
         """All M masks of checked prompts: low_res_masks (B,M,4E,4E) and iou_predictions (B,M)."""
         return self._decode(self._current(), prompts, None)
 
-    def decoder_feeds(
-        self, prompts: Prompts, mask_input: npt.NDArray[np.float32] | None = None
-    ) -> dict[str, npt.NDArray[np.float32]]:
+    def decoder_feeds(self, prompts: Prompts, mask_input: npt.NDArray[np.float32] | None = None) -> dict[str, Tensor]:
         """The decoder's feeds for checked prompts on the current image."""
         current = self._current()
         coords, labels = encode_prompts(prompts, current.original_hw, self.geometry.prompt_size)

@@ -113,7 +113,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bundle", "overlay"),  # a bundle opens itself: it knows the runtime and the predictor, not they it
     ("predictor",),
     ("runtime",),
-    ("masks", "prompts"),
+    ("device", "masks", "prompts"),
     ("transforms", "target"),
     ("download", "images", "recipe"),
     ("files",),
@@ -175,7 +175,7 @@ def test_imports_go_down_only(name: str) -> None:
 
 # All that a device runs.
 LIGHT = ("runtime", "predictor", "overlay", "bundle", "masks", "prompts", "transforms", "images", "recipe", "target")
-LIGHT += ("download", "files", "contract", "errors", "measure")
+LIGHT += ("device", "download", "files", "contract", "errors", "measure")
 # module -> what it must not import
 FORBIDDEN = dict.fromkeys(LIGHT, HEAVY) | {"cli": HEAVY | {"PIL", "rich"}}
 # Imports of the CLI inside a function are its work; at the top of a module they would cost every --help.

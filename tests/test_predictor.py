@@ -15,6 +15,7 @@ from edgesam_deploy.errors import ImageError, InputError, PromptError
 from edgesam_deploy.images import read_image
 from edgesam_deploy.masks import mask_iou
 from edgesam_deploy.predictor import Predictor
+from edgesam_deploy.runtime import SessionOptions
 
 pytest.importorskip("torch", reason="needs the export extra")
 PHOTOS = Path(__file__).resolve().parent.parent / "edgesam_deploy" / "assets" / "photos"
@@ -36,7 +37,7 @@ def ours(built: SimpleNamespace) -> Any:
     """The FP32 graphs of the tiny model on ONNX Runtime."""
     stages = built.stages
     graphs = {name: stages / f"simplify-{name}" / f"{name}.onnx" for name in ("encoder", "decoder")}
-    with open_graphs(graphs, load_bundle(built.bundle)) as predictor:
+    with open_graphs(graphs, load_bundle(built.bundle), SessionOptions(), "onnxruntime") as predictor:
         yield predictor
 
 

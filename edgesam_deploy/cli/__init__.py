@@ -12,7 +12,19 @@ import click
 from edgesam_deploy import __version__
 from edgesam_deploy.errors import EdgeSAMError
 
-COMMANDS = ("bench", "build", "doctor", "export", "models", "predict", "quantize", "simplify", "targets", "verify")
+COMMANDS = (
+    "bench",
+    "build",
+    "compile",
+    "doctor",
+    "export",
+    "models",
+    "predict",
+    "quantize",
+    "simplify",
+    "targets",
+    "verify",
+)
 
 
 class Commands(click.Group):

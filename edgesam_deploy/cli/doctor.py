@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from edgesam_deploy.cli.targets import describe, detect
 from edgesam_deploy.cli.terminal import json_option, print_json, print_table
 
-JETSON_RELEASE = Path("/etc/nv_tegra_release")
 # What the user wants to do -> the packages it takes, and the command that brings them.
 ABILITIES = (
     ("run bundles on the CPU", ("onnxruntime",), "pip install 'edgesam-deploy[cpu]'"),
@@ -28,6 +28,11 @@ ABILITIES = (
         ),
         "pip install 'edgesam-deploy[export]'",
     ),
+)
+# A runtime for engines: what it does, its package, its module, a target that states its versions, and the extra.
+ENGINE_RUNTIMES = (
+    ("run TensorRT engines", "tensorrt", "tensorrt", "x86-gpu", "gpu"),
+    ("run TensorRT for RTX engines", "tensorrt-rtx", "tensorrt_rtx", "rtx", "rtx"),
 )
 
 
@@ -50,6 +55,7 @@ def command(as_json: bool) -> None:
     ]
     print_table("what this machine can do", ("to", "ready", "with", "if not, run"), rows)
     click.echo(f"Python {report['python']}, {report['machine']}, {report['cores']} cores, {report['memory_gb']:.1f} GB")
+    click.echo(describe(report["here"]))
     click.echo(f"shipped bundle: {report['shipped_bundle']}")
     for note in report["notes"]:
         click.echo(f"note: {note}")
@@ -64,10 +70,12 @@ def examine() -> dict[str, Any]:
     from edgesam_deploy.errors import BundleError
     from edgesam_deploy.measure.latency import machine
 
+    here = detect()
     abilities = []
     for what, packages, cure in ABILITIES:
         found = {name: _version(name) for name in packages}
         abilities.append({"what": what, "ready": "missing" not in found.values(), "packages": found, "cure": cure})
+    abilities += _engine_abilities(here)
     try:
         bundle = f"{load_bundle(shipped_bundle()).path}, intact"
     except BundleError as error:
@@ -77,10 +85,35 @@ def examine() -> dict[str, Any]:
         "machine": machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        "here": here,
         "abilities": abilities,
         "shipped_bundle": bundle,
-        "notes": _notes(),
+        "notes": _notes(here),
     }
+
+
+def _engine_abilities(here: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whether engines can run here: a package of a version we support, and a GPU. Neither package is imported."""
+    from importlib.util import find_spec
+
+    from edgesam_deploy.target import load_target
+
+    machine = here["machine"]
+    abilities = []
+    for what, package, module, target, extra in ENGINE_RUNTIMES:
+        version = _version(package)
+        if version == "missing" and find_spec(module) is not None:
+            version = "of unknown version"  # JetPack's, or a package under another name
+        supported = version[0].isdigit() and load_target(target).accepts_tensorrt(version)
+        ready = (supported or version == "of unknown version") and bool(machine["gpu_names"])
+        cure = f"pip install 'edgesam-deploy[{extra}]'"
+        if machine["l4t"] and package == "tensorrt":
+            cure = "sudo apt install nvidia-jetpack && python3 -m venv --system-site-packages .venv"
+        elif not machine["gpu_names"]:
+            cure = f"on a machine with an NVIDIA GPU: {cure}"
+        gpu = machine["gpu_names"][0] if machine["gpu_names"] else "missing"
+        abilities.append({"what": what, "ready": ready, "packages": {package: version, "GPU": gpu}, "cure": cure})
+    return abilities
 
 
 def _version(package: str) -> str:
@@ -92,11 +125,11 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _notes() -> list[str]:
+def _notes(here: dict[str, Any]) -> list[str]:
     import sys
 
     notes = []
-    if JETSON_RELEASE.exists():
+    if here["machine"]["l4t"]:
         notes.append("this is a Jetson: create environments with --system-site-packages to see JetPack's tensorrt")
     flags = _cpu_flags()
     if flags and not flags & {"avx512_vnni", "avx_vnni", "asimddp"}:

@@ -6,15 +6,34 @@ A session runs one graph. Tensors go in and out by name; a backend is a context 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy.typing as npt
 
 from edgesam_deploy.contract import GraphContract
 from edgesam_deploy.errors import InputError
+
+# A numpy array, or what a backend keeps on its device in place of one (np.asarray copies it to the host).
+Tensor: TypeAlias = Any
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How a session runs; a backend takes what concerns it.
+
+    threads: CPU threads inside an operator, None for all cores. cuda: the implementation of the CUDA seam
+    (``runtime.cuda``). cuda_graph: launch engines as recorded CUDA graphs. stay: outputs left on the device.
+    """
+
+    threads: int | None = None
+    cuda: str = "ctypes"
+    cuda_graph: bool = False
+    stay: tuple[str, ...] = ()
 
 
 class Session(Protocol):
@@ -29,21 +48,23 @@ class Session(Protocol):
     def specs(self) -> GraphContract:
         """Names, dtypes and shapes of the inputs and outputs, as the backend sees them."""
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run once: arrays by input name -> arrays by output name."""
 
 
 # name -> module:class; imported only when a session is opened.
 BACKENDS = {
     "onnxruntime": "edgesam_deploy.runtime.onnxruntime:OnnxRuntimeSession",
+    "tensorrt": "edgesam_deploy.runtime.tensorrt:tensorrt_session",
+    "tensorrt_rtx": "edgesam_deploy.runtime.tensorrt:tensorrt_rtx_session",
 }
 DEFAULT_BACKEND = "onnxruntime"
 
 
-def open_session(graph: Path, backend: str = DEFAULT_BACKEND, threads: int | None = None) -> Session:
-    """A session for a graph file. threads: CPU threads inside an operator, None for all cores."""
+def open_session(graph: Path, backend: str = DEFAULT_BACKEND, options: SessionOptions | None = None) -> Session:
+    """A session for a graph or engine file. options: None for the defaults."""
     try:
         module, _, name = BACKENDS[backend].partition(":")
     except KeyError:
         raise InputError(f"unknown backend '{backend}', expected one of {sorted(BACKENDS)}") from None
-    return cast(Callable[..., Session], getattr(import_module(module), name))(graph, threads=threads)
+    return cast(Callable[..., Session], getattr(import_module(module), name))(graph, options or SessionOptions())

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgesam_deploy.contract import GraphContract, TensorSpec
 from edgesam_deploy.errors import BackendError, GraphError, InputError, MissingExtraError
+from edgesam_deploy.runtime import SessionOptions
 
 try:
     import onnxruntime as ort
@@ -29,24 +30,24 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uin
 class OnnxRuntimeSession:
     """One graph in one ``InferenceSession``. ``run`` may be called from several threads at once."""
 
-    def __init__(self, graph: Path, threads: int | None = None) -> None:
-        """threads: None means one per core this process may use. Raises GraphError for a graph it cannot load."""
+    def __init__(self, graph: Path, options: SessionOptions) -> None:
+        """Raises GraphError for a graph it cannot load, BackendError if it runs elsewhere than asked."""
         self.graph = graph
-        self.threads = threads if threads is not None else len(os.sched_getaffinity(0))
+        self.threads = options.threads if options.threads is not None else len(os.sched_getaffinity(0))
         if self.threads < 1:
             raise InputError(f"threads must be at least 1, got {self.threads}")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = self.threads
+        settings.inter_op_num_threads = 1
         # Idle pools would spin: with two sessions and numpy in one process they take each other's cores (a whole
         # prediction on 2 cores took 100-112 ms with spinning, 45-54 ms without).
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3  # errors only: graph optimisation warns about things that are meant
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        settings.log_severity_level = 3  # errors only: graph optimisation warns about things that are meant
         if not graph.is_file() or graph.stat().st_size == 0:
             raise GraphError(f"{graph} is missing or empty; expected an ONNX graph. Build the bundle again")
         try:
             self._session: Any = ort.InferenceSession(
-                str(graph), options, providers=[PROVIDER], disabled_optimizers=DISABLED_OPTIMIZERS
+                str(graph), settings, providers=[PROVIDER], disabled_optimizers=DISABLED_OPTIMIZERS
             )
         except Exception as error:  # onnxruntime raises its own unexported classes
             raise GraphError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {_first_line(error)}") from error

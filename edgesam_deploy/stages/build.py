@@ -253,6 +253,8 @@ def _manifest(options: BuildOptions, cache: StageCache, folder: Path, graphs: Ma
         "calibration": details.get("calibrate"),
         "stages": {name: {k: v for k, v in detail.items() if k != "output"} for name, detail in details.items()},
         "tools": tool_versions(),
+        # Filled by ``stages.finish`` on the device, for backends that run plans.
+        "engines": None,
         "verified": False,
     }
     files: dict[str, dict[str, Any]] = {}

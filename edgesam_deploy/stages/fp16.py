@@ -46,11 +46,44 @@ def convert_to_fp16(source: Path, rules: PrecisionRules, output: Path) -> Fp16Re
         half = convert_float_to_float16(
             onnx.shape_inference.infer_shapes(model), keep_io_types=True, node_block_list=sorted(keep), op_block_list=[]
         )
+    _join_kept(half)
     graphs.sort_nodes(half)
     graphs.save(half, output, {"stage": "fp16", "parent_sha256": sha256_file(source)})
     types = _tensor_types(half)
     count = sum(any(types.get(o) == TensorProto.FLOAT16 for o in n.output) for n in half.graph.node)
     return Fp16Result(output, count, len(half.graph.node))
+
+
+def _join_kept(model: onnx.ModelProto) -> None:
+    """Let a kept node read an FP32 tensor as it is; in place.
+
+    The converter makes every tensor half and casts it back before a kept node: without this, coordinates would be
+    rounded to FP16 ahead of each step of the point encoding.
+    """
+    made_by = graphs.producers(model)
+
+    def cast(name: str, to: int) -> onnx.NodeProto | None:
+        node = made_by.get(name)
+        return node if node is not None and node.op_type == "Cast" and node.attribute[0].i == to else None
+
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            back = cast(name, TensorProto.FLOAT)
+            there = cast(back.input[0], TensorProto.FLOAT16) if back is not None else None
+            if there is not None:
+                node.input[index] = there.input[0]
+    outputs = {o.name for o in model.graph.output}
+    while dead := [
+        n
+        for n in model.graph.node
+        if n.op_type == "Cast" and not outputs & {*n.output} and not _read(model, n.output[0])
+    ]:
+        for node in dead:
+            model.graph.node.remove(node)
+
+
+def _read(model: onnx.ModelProto, name: str) -> bool:
+    return any(name in node.input for node in model.graph.node)
 
 
 def emulate_fp16(source: Path, output: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +11,10 @@ from edgesam_deploy.bundle import ANSWERS, GRAPHS, Bundle, open_graphs
 from edgesam_deploy.errors import BundleError, MissingExtraError
 from edgesam_deploy.measure.accuracy import AccuracyResult, Answers, compare, load_answers
 from edgesam_deploy.predictor import Predictor
+from edgesam_deploy.runtime import SessionOptions
 
 EMULATED = "emulated fp16"
+TYPED = "typed graph on onnxruntime"
 
 
 def verify(
@@ -24,8 +26,9 @@ def verify(
 ) -> AccuracyResult:
     """Measure a bundle against recorded answers: its own, or given ones about images in ``folder``.
 
-    An FP16 bundle on ONNX Runtime is measured by its FP32 emulation (``stages.fp16``), since the CPU provider hides
-    half precision's faults. Raises BundleError if the bundle carries no answers.
+    A compiled bundle is measured by its engines, a kit by its typed graphs on ONNX Runtime, FP16 on ONNX Runtime always
+    by its FP32 emulation (``stages.fp16``), since the CPU provider hides half precision's faults. Raises BundleError if
+    the bundle carries no answers.
     """
     if answers is None:
         if ANSWERS not in bundle.manifest["files"]:
@@ -38,15 +41,21 @@ def verify(
 @contextmanager
 def witness(bundle: Bundle, threads: int | None = None) -> Iterator[tuple[Predictor, str]]:
     """(a Predictor whose arithmetic is the device's, what it is)."""
-    if bundle.precision != "fp16" or bundle.backend != "onnxruntime":
+    if bundle.compiled and (bundle.precision != "fp16" or bundle.backend != "onnxruntime"):
         with bundle.open(threads) as predictor:
             yield predictor, bundle.backend
         return
+    with tempfile.TemporaryDirectory() as folder:
+        graphs, name = {name: bundle.graph(name) for name in GRAPHS}, TYPED
+        if bundle.precision == "fp16":
+            graphs, name = _emulated(graphs, Path(folder)), EMULATED
+        with open_graphs(graphs, bundle, SessionOptions(threads), "onnxruntime") as predictor:
+            yield predictor, name
+
+
+def _emulated(graphs: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     try:
         from edgesam_deploy.stages.fp16 import emulate_fp16
     except ImportError as error:
         raise MissingExtraError("onnx", "export") from error
-    with tempfile.TemporaryDirectory() as folder:
-        graphs = {name: emulate_fp16(bundle.graph(name), Path(folder) / f"{name}.onnx") for name in GRAPHS}
-        with open_graphs(graphs, bundle, threads) as predictor:
-            yield predictor, EMULATED
+    return {name: emulate_fp16(graph, folder / f"{name}.onnx") for name, graph in graphs.items()}

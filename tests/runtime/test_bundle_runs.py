@@ -16,7 +16,7 @@ import pytest
 
 from edgesam_deploy import load_bundle, read_image, shipped_bundle
 from edgesam_deploy.errors import BackendError, GraphError, InputError
-from edgesam_deploy.runtime import open_session
+from edgesam_deploy.runtime import SessionOptions, open_session
 from edgesam_deploy.stages.verify import verify
 
 PHOTO = Path(__file__).resolve().parents[2] / "edgesam_deploy" / "assets" / "photos" / "verify" / "duck.jpg"
@@ -55,18 +55,21 @@ def test_the_command_line_writes_a_mask_without_torch_or_onnx(bundle_path: Path,
 
 
 def test_threads_are_what_was_asked_for(bundle_path: Path) -> None:
-    with open_session(load_bundle(bundle_path).graph("decoder"), threads=1) as session:
+    with open_session(load_bundle(bundle_path).graph("decoder"), options=SessionOptions(threads=1)) as session:
         assert getattr(session, "threads", None) == 1
         assert getattr(session, "provider", None) == "CPUExecutionProvider"
     with pytest.raises(InputError, match="threads must be at least 1"):
-        open_session(load_bundle(bundle_path).graph("decoder"), threads=0)
+        open_session(load_bundle(bundle_path).graph("decoder"), options=SessionOptions(threads=0))
     with pytest.raises(InputError, match="unknown backend 'tpu'"):
         open_session(load_bundle(bundle_path).graph("decoder"), backend="tpu")
 
 
 def test_a_session_refuses_what_does_not_fit(bundle_path: Path, tmp_path: Path) -> None:
     graph = load_bundle(bundle_path).graph("encoder")
-    with open_session(graph, threads=1) as session, pytest.raises(BackendError, match=r"failed to run encoder\.onnx"):
+    with (
+        open_session(graph, options=SessionOptions(threads=1)) as session,
+        pytest.raises(BackendError, match=r"failed to run encoder\.onnx"),
+    ):
         session.run({"image": np.zeros((1, 3, 7, 7), dtype=np.uint8)})
     with pytest.raises(BackendError, match="closed"):
         session.run({"image": np.zeros((1, 3, 7, 7), dtype=np.uint8)})

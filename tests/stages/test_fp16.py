@@ -75,6 +75,29 @@ def test_decoder_keeps_point_encoding_in_fp32(built: SimpleNamespace, tmp_path: 
     assert 1e-6 < error < 0.05
 
 
+def angles(path: Path, feeds: dict[str, np.ndarray], output: Path) -> np.ndarray:
+    """What the first Sin of a graph reads."""
+    model = graphs.load(path)
+    name = next(n.input[0] for n in model.graph.node if n.op_type == "Sin")
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    graphs.save(model, output, {})
+    with open_session(output) as session:
+        return session.run(feeds)[name]
+
+
+def test_half_a_pixel_survives_the_point_encoding(built: SimpleNamespace, tmp_path: Path) -> None:
+    """513.25 is no FP16 number: what the first sine reads must be FP32's to the bit."""
+    source = built.stages / "simplify-decoder" / "decoder.onnx"
+    half = convert_to_fp16(source, PrecisionRules(), tmp_path / "half.onnx").output
+    emulated = emulate_fp16(half, tmp_path / "emulated.onnx")
+    feeds = graphs.example_feeds(graphs.load(source), seed=3)
+    feeds["point_coords"][:] = 513.25
+    assert float(np.float16(513.25)) != 513.25
+    expected = angles(source, feeds, tmp_path / "expected.onnx")
+    np.testing.assert_array_equal(angles(emulated, feeds, tmp_path / "got.onnx"), expected)
+
+
 def test_keep_rules_hold_nodes_in_fp32(tmp_path: Path) -> None:
     result = convert_to_fp16(square_net(tmp_path), PrecisionRules(keep=("^square$",)), tmp_path / "half.onnx")
     with open_session(emulate_fp16(result.output, tmp_path / "emulated.onnx")) as session:

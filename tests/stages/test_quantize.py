@@ -16,7 +16,7 @@ from edgesam_deploy.errors import GraphError, InputError
 from edgesam_deploy.images import list_images, read_image
 from edgesam_deploy.measure.accuracy import answer, compare
 from edgesam_deploy.recipe import Int8Rules, load_recipe
-from edgesam_deploy.runtime import open_session
+from edgesam_deploy.runtime import SessionOptions, open_session
 from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.calibrate import Histogram, calibrate, load_ranges
 from edgesam_deploy.stages.quantize import quantize
@@ -123,9 +123,9 @@ def test_masks_of_the_two_encodings_agree(built: SimpleNamespace) -> None:
         for stage in ("quantize", "encode")
     }
     paths = list_images(PHOTOS / "verify")
-    with open_graphs(graphs_of["quantize"], bundle) as predictor:
+    with open_graphs(graphs_of["quantize"], bundle, SessionOptions(), "onnxruntime") as predictor:
         recorded = answer(predictor, paths)
-    with open_graphs(graphs_of["encode"], bundle) as predictor:
+    with open_graphs(graphs_of["encode"], bundle, SessionOptions(), "onnxruntime") as predictor:
         result = compare(predictor, recorded, PHOTOS / "verify", "onnxruntime")
     assert result.mask_iou.mean >= 0.98
 

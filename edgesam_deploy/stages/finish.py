@@ -1,0 +1,131 @@
+"""On the device: a kit, or a bundle whose engines belong elsewhere, becomes a bundle that runs here.
+
+Needs the base install and TensorRT, neither torch nor onnx. The kit's typed graphs are compiled, the engines answer the
+verification prompts, and only then does the new bundle take the kit's place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgesam_deploy.bundle import ENGINE_BACKENDS, GRAPHS, MANIFEST, Bundle, parse_manifest
+from edgesam_deploy.contract import contracts
+from edgesam_deploy.errors import BackendError, BundleError
+from edgesam_deploy.files import sha256_file, write_json, writing_folder
+from edgesam_deploy.measure.accuracy import AccuracyResult
+from edgesam_deploy.runtime.bindings import Library, use
+from edgesam_deploy.runtime.cuda import open_cuda, probe
+from edgesam_deploy.runtime.plans import EngineRecord, platform_tag
+from edgesam_deploy.stages.compile import CompileOptions, CompileResult, Progress, compile_graph, options_as_json
+from edgesam_deploy.stages.verify import verify
+from edgesam_deploy.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class FinishResult:
+    """accuracy, passed: None where there was no GPU to run the engines on, so that they are not verified yet."""
+
+    bundle: Path
+    record: EngineRecord
+    engines: Mapping[str, CompileResult]
+    accuracy: AccuracyResult | None
+    passed: bool | None
+    min_mask_iou: float
+
+
+def finish(
+    bundle: Bundle,
+    target: Target,
+    options: CompileOptions,
+    output: Path | None = None,
+    progress: Callable[[str], Progress] | None = None,
+    verbose: bool = False,
+) -> FinishResult:
+    """Compile both graphs of a bundle, verify the engines on this GPU, and write the bundle.
+
+    target: the bundle's. output: another folder than the bundle's own. progress: makes a graph's progress callback from
+    its name. Whatever happens, what was there before stays until the new bundle is complete.
+    """
+    if bundle.backend not in ENGINE_BACKENDS:
+        raise BundleError(
+            f"bundle {bundle.path} is for '{bundle.target}', which runs {bundle.backend} and needs no compiling; build "
+            "for a GPU with  sam-export build --target"
+        )
+    capabilities, driver = _device(bundle, options)
+    library = use(bundle.backend)
+    _check_release(library, target)
+    if bundle.backend == "tensorrt":
+        cache = options.timing_cache or _timing_cache(bundle, library, capabilities[0])
+        options = replace(options, timing_cache=cache)
+    with writing_folder(output or bundle.path) as folder:
+        shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
+        engines = {}
+        for name, contract in contracts(bundle.geometry).items():
+            step = progress(name) if progress is not None else None
+            plan = folder / f"{name}.engine"
+            engines[name] = compile_graph(bundle.graph(name), plan, contract, options, library, step, verbose)
+        record = EngineRecord(
+            library=library.name,
+            version=library.version,
+            compute_capabilities=capabilities,
+            platform=platform_tag(),
+            driver=driver,
+            version_compatible=options.version_compatible,
+            hardware_compatible=options.hardware_compatible,
+            built_from={name: bundle.manifest["files"][f"{name}.onnx"]["sha256"] for name in GRAPHS},
+            settings=options_as_json(options),
+        )
+        manifest = _manifest(bundle, folder, record)
+        accuracy = verify(parse_manifest(manifest, folder)) if driver is not None else None
+        threshold = float(manifest["min_mask_iou"])
+        passed = None if accuracy is None else accuracy.mask_iou.mean >= threshold
+        manifest["verified"] = bool(passed)
+        if accuracy is not None:
+            manifest["results"] = asdict(accuracy)
+        write_json(folder / MANIFEST, manifest)
+    return FinishResult(output or bundle.path, record, engines, accuracy, passed, threshold)
+
+
+def _device(bundle: Bundle, options: CompileOptions) -> tuple[tuple[str, ...], str | None]:
+    """(compute capabilities of the plans, the driver's CUDA version). TensorRT compiles for the GPU at hand only."""
+    if bundle.backend == "tensorrt":
+        driver = probe()
+        return (open_cuda().compute_capability(),), ".".join(map(str, driver.version))
+    try:
+        return options.compute_capabilities, ".".join(map(str, probe().version))
+    except BackendError:
+        return options.compute_capabilities, None  # TensorRT for RTX compiles without a GPU
+
+
+def _check_release(library: Library, target: Target) -> None:
+    """Raise BackendError if the target is not for this release of TensorRT."""
+    if target.backend != library.name:
+        raise BackendError(f"target '{target.name}' needs {target.backend}, this is {library.name} {library.version}")
+    if not target.accepts_tensorrt(library.version):
+        raise BackendError(
+            f"target '{target.name}' takes {library.name} {target.tensorrt_min} up to, not including, "
+            f"{target.tensorrt_below}; this machine has {library.version}"
+        )
+
+
+def _timing_cache(bundle: Bundle, library: Library, capability: str) -> Path:
+    """Beside the bundle, so that all precisions and models of a target share it."""
+    return bundle.path.resolve().parent / f".timing-{library.version}-sm{capability.replace('.', '')}.cache"
+
+
+def _manifest(bundle: Bundle, folder: Path, record: EngineRecord) -> dict[str, Any]:
+    """The kit's manifest with the engines: their hashes, their parents, what they are tied to."""
+    files = dict(bundle.manifest["files"])
+    for name in GRAPHS:
+        plan = folder / f"{name}.engine"
+        files[plan.name] = {
+            "sha256": sha256_file(plan),
+            "size_bytes": plan.stat().st_size,
+            "parents": [{"stage": "kit", "sha256": record.built_from[name]}],
+        }
+    entry = {**asdict(record), "compute_capabilities": list(record.compute_capabilities)}
+    return {**bundle.manifest, "files": files, "engines": entry, "verified": False}

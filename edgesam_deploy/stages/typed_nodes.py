@@ -1,0 +1,75 @@
+"""What a typed ONNX graph means each of its nodes to compute in: the yardstick for auditing a compiled engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from edgesam_deploy.errors import GraphError
+from edgesam_deploy.measure.audit import WEIGHTED
+from edgesam_deploy.stages import graph as graphs
+
+_FLOATS: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}
+# They compute nothing: conversions, constants, shapes, and other views of the same numbers.
+_NOT_AUDITED = {"QuantizeLinear", "DequantizeLinear", "Cast", "Constant", "ConstantOfShape", "Shape", "Size"}
+_NOT_AUDITED |= {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+
+
+def wanted_precisions(graph: Path) -> dict[str, str]:
+    """Node name → "int8", "fp16" or "fp32", for every node that computes on floats.
+
+    A Conv, ConvTranspose, Gemm or MatMul whose two operands come straight from DequantizeLinear of int8 is "int8". Any
+    other node has the float type of its first output, or of an input where it has none (a comparison). Raises
+    GraphError where shape inference cannot tell a type, and for nodes of one name that differ.
+    """
+    model = graphs.load(graph)
+    types = _element_types(model)
+    made_by = graphs.producers(model)
+    wanted: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type in _NOT_AUDITED:
+            continue
+        unknown = [name for name in (*node.output, *node.input) if name and name not in types]
+        if unknown:
+            raise GraphError(
+                f"{graph}: shape inference does not tell the type of '{unknown[0]}' of node '{_name(node)}'; "
+                "simplify the graph first"
+            )
+        floats = [_FLOATS[types[t]] for t in (*node.output, *node.input) if t and types[t] in _FLOATS]
+        if not floats:
+            continue
+        meant = "int8" if _is_int8(node, made_by, types) else floats[0]
+        if wanted.setdefault(_name(node), meant) != meant:
+            raise GraphError(f"{graph}: nodes of one name, '{_name(node)}', are typed differently; name every node")
+    return wanted
+
+
+def operators(graph: Path) -> dict[str, str]:
+    """Node name → operator, for every node."""
+    return {_name(node): node.op_type for node in graphs.load(graph).graph.node}
+
+
+def _name(node: onnx.NodeProto) -> str:
+    """As TensorRT's parser calls it: a node without a name is called after its first output."""
+    return node.name or f"node_of_{node.output[0]}"
+
+
+def _is_int8(node: onnx.NodeProto, made_by: dict[str, onnx.NodeProto], types: dict[str, int]) -> bool:
+    def dequantized(name: str) -> bool:
+        source = made_by.get(name)
+        return (
+            source is not None
+            and source.op_type == "DequantizeLinear"
+            and types.get(source.input[0]) == TensorProto.INT8
+        )
+
+    return node.op_type in WEIGHTED and all(dequantized(name) for name in node.input[:2])
+
+
+def _element_types(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.value_info, *inferred.output)}
+    types |= {i.name: i.data_type for i in model.graph.initializer}
+    return {name: kind for name, kind in types.items() if kind != TensorProto.UNDEFINED}
