@@ -3,6 +3,7 @@
     encoder.onnx  decoder.onnx   the two graphs (contract.py)
     manifest.json                schema, hashes, origin, geometry, image constants, results
     verify/                      images and answers.npz, the PyTorch FP32 model's answers (measure.accuracy)
+    nodes.json                   kits only: what each node is meant to compute in (stages.typed_nodes)
     encoder.engine decoder.engine    plans, made by ``sam-export compile``; a bundle for a GPU without them is a *kit*
 
 ``load_bundle`` reads the manifest and compares every file's hash; what it returns was neither cut nor changed.
@@ -31,6 +32,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 GRAPHS = ("encoder", "decoder")
 ANSWERS = "verify/answers.npz"
+NODES = "nodes.json"
 # Backends that run plans, which are made on the device, and not the ONNX files themselves.
 ENGINE_BACKENDS = ("tensorrt", "tensorrt_rtx")
 
@@ -114,8 +116,9 @@ def open_graphs(
     with ExitStack() as stack:
         sessions = {}
         for name in GRAPHS:
-            # Prompts change their shape from call to call, so that a recorded graph pays for the encoder only.
-            own = options if name == "encoder" else replace(options, cuda_graph=False)
+            # Prompts change their shape from call to call, so that a recorded graph pays for the encoder only; its
+            # embedding stays on the device, masks do not.
+            own = options if name == "encoder" else replace(options, cuda_graph=False, stay=())
             session = stack.enter_context(open_session(graphs[name], backend, own))
             _check_specs(session.specs(), expected[name], graphs[name])
             sessions[name] = session

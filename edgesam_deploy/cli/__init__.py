@@ -21,6 +21,7 @@ COMMANDS = (
     "models",
     "predict",
     "quantize",
+    "selfcheck",
     "simplify",
     "targets",
     "verify",

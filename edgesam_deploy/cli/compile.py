@@ -129,7 +129,30 @@ def _show(result: FinishResult) -> None:
             f"mask IoU against PyTorch FP32: mean {iou.mean:.4f}, p5 {iou.p5:.4f} over {iou.count} prompts "
             f"(threshold {result.min_mask_iou:g})"
         )
+    if result.audits:
+        _show_audits(result)
     click.echo(f"bundle: {result.bundle}")
+
+
+def _show_audits(result: FinishResult) -> None:
+    """How many nodes were compiled to each type, and every node that was not compiled as meant."""
+    rows = [
+        (
+            name,
+            ", ".join(f"{count} {kind}" for kind, count in a.nodes.items()),
+            str(len(a.mismatched)),
+            str(len(a.missing)),
+            str(sum(sum(kinds.values()) for kinds in a.layers.values())),
+            str(len(a.overhead)),
+        )
+        for name, a in result.audits.items()
+    ]
+    print_table(
+        "audit", ("engine", "nodes by compiled type", "not as meant", "folded", "layers", "only moving data"), rows
+    )
+    for name, a in result.audits.items():
+        for row in a.mismatched:
+            click.echo(f"{name}: {row.node} is meant {row.wanted}, compiled {row.compiled}: {row.reason}")
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
     lines = [list(row) for row in rows]
     for index, column in enumerate(columns):
         numeric = bool(lines) and all(_numeric(line[index]) for line in lines)
@@ -50,6 +50,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
+    console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
     console.print(table, markup=False)
 
 

@@ -6,7 +6,11 @@ first logger it is given is the only one it ever uses. ``trt`` is lazy, so impor
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +29,7 @@ else:
 
     trt = _Chosen()
 
-__all__ = ["LIBRARIES", "Library", "Message", "last_error", "listen", "logger", "parse_release", "trt", "use"]
+__all__ = ["LIBRARIES", "Library", "Message", "last_error", "listen", "logger", "parse_release", "quiet", "trt", "use"]
 
 # library -> the extra that installs it where it is not part of the system
 LIBRARIES = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
@@ -128,7 +132,7 @@ def _import(library: str) -> Any:
         raise MissingExtraError(error.name or library, LIBRARIES[library]) from error
     except (ImportError, OSError, RuntimeError) as error:
         # The bindings are there, and a library of TensorRT or CUDA is not, or is another release's.
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BackendError(
             f"{library} is installed but cannot be loaded: {reason}. Its libraries must be of the same release; on a "
             "Jetson use JetPack's own (python -m venv --system-site-packages), elsewhere install it again"
@@ -158,6 +162,27 @@ def listen(least: str = "ERROR") -> Iterator[list[Message]]:
         yield messages
     finally:
         _state.listeners.remove(entry)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Send what TensorRT's compiler prints to the process's standard output to the log instead.
+
+    It prints past its logger, and standard output is for the answer: one line more, and JSON is none.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 1)
+        try:
+            yield
+        finally:
+            ctypes.CDLL(None).fflush(None)  # the C library's own buffer, before its file is exchanged
+            os.dup2(kept, 1)
+            os.close(kept)
+            printed.seek(0)
+            for line in printed.read().decode(errors="replace").splitlines():
+                _state.log("WARNING", line)
 
 
 def last_error(messages: list[Message]) -> str:

@@ -22,12 +22,14 @@ class DeviceTensor:
         self,
         name: str,
         shape: tuple[int, ...],
+        dtype: np.dtype[Any],
         address: Callable[[], int | None],
         fetch: Callable[[], npt.NDArray[Any]],
     ) -> None:
         """address: of the tensor, or None once it was overwritten. fetch: a copy of it on the host."""
         self.name = name
         self.shape = shape
+        self.dtype = dtype
         self._address = address
         self._fetch = fetch
 

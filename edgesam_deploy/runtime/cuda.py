@@ -244,6 +244,9 @@ class CudaRuntime:
         except BaseException:
             # A stream must leave capture mode whatever happened, or it refuses all further work.
             self._library.cudaStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
+            if graph.value:
+                self._library.cudaGraphDestroy(graph)
+            self._library.cudaGetLastError()
             raise
         self._call("cudaStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
         try:

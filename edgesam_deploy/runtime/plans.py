@@ -7,6 +7,7 @@ ways that name none of the three, so the manifest records them and they are comp
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesam_deploy.errors import BackendError, BundleError
-from edgesam_deploy.runtime.bindings import Library, parse_release
+from edgesam_deploy.runtime.bindings import Library, last_error, listen, logger, parse_release, trt
 
 # The first bytes of a plan: TensorRT's serialization tag, and TensorRT for RTX's as read off the plans it writes.
 MAGIC = {"tensorrt": b"ftrt", "tensorrt_rtx": b"vtrt"}
@@ -48,6 +49,11 @@ class EngineRecord:
         if not isinstance(raw, dict) or set(raw) != names:
             raise BundleError(f"{where} lacks or garbles the entry 'engines', expected {sorted(names)}; {REBUILD}")
         if not isinstance(raw["compute_capabilities"], list) or not isinstance(raw["built_from"], dict):
+            raise BundleError(f"{where} garbles the entry 'engines'; {REBUILD}")
+        texts = [raw["library"], raw["version"], raw["platform"], *raw["compute_capabilities"]]
+        if not all(isinstance(t, str) for t in texts) or not all(
+            re.fullmatch(r"\d+\.\d+", c) for c in raw["compute_capabilities"]
+        ):
             raise BundleError(f"{where} garbles the entry 'engines'; {REBUILD}")
         return cls(**{**raw, "compute_capabilities": tuple(raw["compute_capabilities"])})
 
@@ -90,6 +96,19 @@ def read_plan(path: Path, library: str) -> bytes:
         what = f"a plan of {other}" if other else f"not a plan (it begins with {data[:4]!r}, not {magic!r})"
         raise BackendError(f"{path} is {what}, expected one of {library}; {REBUILD}")
     return data
+
+
+def load_plan(data: bytes, path: Path, library: Library) -> tuple[trt.ICudaEngine, trt.IExecutionContext]:
+    """The engine and one execution context of a plan. Raises BackendError with TensorRT's reason."""
+    with listen() as messages:
+        try:
+            engine = trt.Runtime(logger()).deserialize_cuda_engine(data)
+            context = engine.create_execution_context() if engine is not None else None
+        except TypeError:  # the bindings' answer where CUDA cannot start: "factory function returned nullptr"
+            engine = context = None
+    if engine is None or context is None:
+        raise BackendError(f"{library.name} {library.version} cannot load {path}: {last_error(messages)}; {REBUILD}")
+    return engine, context
 
 
 def platform_tag() -> str:

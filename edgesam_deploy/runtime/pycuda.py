@@ -6,7 +6,8 @@ the ctypes implementation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,19 @@ from edgesam_deploy.errors import BackendError, MissingExtraError
 try:
     import pycuda.autoprimaryctx
     import pycuda.driver as driver
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise MissingExtraError("pycuda", "pycuda") from error
+except Exception as error:  # its own library, or CUDA, does not start
+    raise BackendError(f"pycuda is installed but does not start: {error}; install it again, or use ctypes") from error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """pycuda raises its own errors; out of the seam comes BackendError."""
+    try:
+        yield
+    except driver.Error as error:
+        raise BackendError(f"pycuda: {error}") from error
 
 
 class PycudaCuda:
@@ -27,66 +39,84 @@ class PycudaCuda:
         self._device: Any = pycuda.autoprimaryctx.device
         self._kept: dict[int, Any] = {}
 
+    @_told()
     def compute_capability(self) -> str:
         major, minor = self._device.compute_capability()
         return f"{major}.{minor}"
 
+    @_told()
     def runtime_version(self) -> tuple[int, int]:
         version = driver.get_version()
         return int(version[0]), int(version[1])
 
+    @_told()
     def memory_info(self) -> tuple[int, int]:
         free, total = driver.mem_get_info()
         return int(free), int(total)
 
+    @_told()
     def malloc(self, size_bytes: int) -> int:
         return self._keep(driver.mem_alloc(size_bytes))
 
+    @_told()
     def free(self, address: int) -> None:
         self._kept.pop(address).free()
 
+    @_told()
     def malloc_host(self, size_bytes: int) -> int:
         array = driver.pagelocked_empty(size_bytes, np.uint8)
         self._kept[array.ctypes.data] = array
         return int(array.ctypes.data)
 
+    @_told()
     def free_host(self, address: int) -> None:
         self._kept.pop(address).base.free()
 
+    @_told()
     def copy_to_device(self, device: int, host: int, size_bytes: int, stream: int) -> None:
         driver.memcpy_htod_async(device, self._host(host, size_bytes), self._stream(stream))
 
+    @_told()
     def copy_to_host(self, host: int, device: int, size_bytes: int, stream: int) -> None:
         driver.memcpy_dtoh_async(self._host(host, size_bytes), device, self._stream(stream))
 
+    @_told()
     def stream_create(self) -> int:
         stream = driver.Stream()
         self._kept[stream.handle] = stream
         return int(stream.handle)
 
+    @_told()
     def stream_synchronize(self, stream: int) -> None:
         self._kept[stream].synchronize()
 
+    @_told()
     def stream_destroy(self, stream: int) -> None:
         del self._kept[stream]
 
+    @_told()
     def event_create(self) -> int:
         event = driver.Event()
         self._kept[id(event)] = event
         return id(event)
 
+    @_told()
     def event_record(self, event: int, stream: int) -> None:
         self._kept[event].record(self._stream(stream))
 
+    @_told()
     def event_query(self, event: int) -> bool:
         return bool(self._kept[event].query())
 
+    @_told()
     def event_synchronize(self, event: int) -> None:
         self._kept[event].synchronize()
 
+    @_told()
     def elapsed_ms(self, start: int, end: int) -> float:
         return float(self._kept[start].time_till(self._kept[end]))
 
+    @_told()
     def event_destroy(self, event: int) -> None:
         del self._kept[event]
 

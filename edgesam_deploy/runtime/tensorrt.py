@@ -17,10 +17,10 @@ import numpy as np
 from edgesam_deploy.contract import GraphContract, TensorSpec
 from edgesam_deploy.errors import BackendError, InputError
 from edgesam_deploy.runtime import Array, SessionOptions, Tensor
-from edgesam_deploy.runtime.bindings import Library, last_error, listen, logger, trt, use
+from edgesam_deploy.runtime.bindings import Library, last_error, listen, trt, use
 from edgesam_deploy.runtime.buffers import Buffer, DeviceTensor, allocate
 from edgesam_deploy.runtime.cuda import Cuda, open_cuda
-from edgesam_deploy.runtime.plans import REBUILD, read_plan
+from edgesam_deploy.runtime.plans import load_plan, read_plan
 
 DTYPES = {
     "FLOAT": "float32",
@@ -59,15 +59,18 @@ class TensorRTSession:
         self._graph: tuple[object, int] | None = None
         self._closed = False
         with ExitStack() as stack:
-            self._engine, self._context = self._load(data)
+            self._engine, self._context = load_plan(data, plan, self.library)
             stack.callback(self._forget)
             self.stream = self.cuda.stream_create()
             stack.callback(self.cuda.stream_destroy, self.stream)
             self._inputs, self._outputs = self._names()
+            if unknown := [n for n in options.stay if n not in self._outputs]:
+                raise InputError(f"{plan} has no output {', '.join(unknown)} to stay, only {', '.join(self._outputs)}")
             self._allocate(stack)
             stack.callback(self._drop_graph)
+            capability = self.cuda.compute_capability()
             self._stack = stack.pop_all()
-        self.provider = f"{library} {self.library.version}, compute capability {self.cuda.compute_capability()}"
+        self.provider = f"{library} {self.library.version}, compute capability {capability}"
 
     def __enter__(self) -> TensorRTSession:
         return self
@@ -82,7 +85,12 @@ class TensorRTSession:
         self._closed = True
         self._stack.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError(f"the session of {self.plan} is closed")
+
     def specs(self) -> GraphContract:
+        self._check_open()
         return GraphContract(
             tuple(self._spec(name) for name in self._inputs), tuple(self._spec(name) for name in self._outputs)
         )
@@ -98,8 +106,7 @@ class TensorRTSession:
 
     def stage(self, feeds: Mapping[str, Tensor]) -> None:
         """Take the feeds: shapes and addresses into the context, arrays into pinned memory."""
-        if self._closed:
-            raise BackendError(f"the session of {self.plan} is closed")
+        self._check_open()
         for name in self._inputs:
             if name not in feeds:
                 raise InputError(f"the engine needs the input '{name}', got {', '.join(feeds) or 'none'}")
@@ -154,12 +161,16 @@ class TensorRTSession:
     @property
     def device_memory_bytes(self) -> int:
         """What the context needs for activations, and our buffers. Weights are not counted."""
+        self._check_open()
         sizes = sum(b.view.size for b in self.buffers.values())
         return int(self._engine.device_memory_size_v2) + sizes
 
     def inspect(self) -> str:
         """EngineInspector's JSON; ``measure.layers`` reads it. Full only if the plan was built with layer details."""
+        self._check_open()
         inspector = self._engine.create_engine_inspector()
+        # Without a context, shapes and types of dynamic graphs are left open.
+        inspector.execution_context = self._context
         return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     def layer_times(self, feeds: Mapping[str, Tensor], runs: int) -> list[dict[str, float]]:
@@ -171,34 +182,32 @@ class TensorRTSession:
                 samples[-1][layer_name] = samples[-1].get(layer_name, 0.0) + ms
 
         self._context.profiler = Profiler()
-        for _ in range(runs):
-            samples.append({})
-            self.stage(feeds)
-            self.copy_inputs(self.stream)
-            self._enqueue(self.stream)
-            self.cuda.stream_synchronize(self.stream)
+        try:
+            for _ in range(runs):
+                samples.append({})
+                self.stage(feeds)
+                self.copy_inputs(self.stream)
+                self.runs += 1
+                self._enqueue(self.stream)
+                self.cuda.stream_synchronize(self.stream)
+        finally:
+            self._context.profiler = None
         return samples
 
     def _staying(self, name: str) -> DeviceTensor:
         run, buffer, shape = self.runs, self.buffers[name], self._shapes[name]
 
         def fetch() -> Array:
-            self._copy(name, lambda b, size: self.cuda.copy_to_host(b.host, b.device, size, self.stream))
+            if size := buffer.size_bytes(shape):
+                self.cuda.copy_to_host(buffer.host, buffer.device, size, self.stream)
             self.cuda.stream_synchronize(self.stream)
             copied: Array = buffer.array(shape).copy()
             return copied
 
-        return DeviceTensor(name, shape, lambda: buffer.device if self.runs == run else None, fetch)
+        def address() -> int | None:
+            return buffer.device if self.runs == run and not self._closed else None
 
-    def _load(self, data: bytes) -> tuple[trt.ICudaEngine, trt.IExecutionContext]:
-        with listen() as messages:
-            engine = trt.Runtime(logger()).deserialize_cuda_engine(data)
-            context = engine.create_execution_context() if engine is not None else None
-        if engine is None or context is None:
-            raise BackendError(
-                f"{self.library.name} {self.library.version} cannot load {self.plan}: {last_error(messages)}; {REBUILD}"
-            )
-        return engine, context
+        return DeviceTensor(name, shape, buffer.dtype, address, fetch)
 
     def _forget(self) -> None:
         # In this order: a context must not outlive its engine.
@@ -218,9 +227,12 @@ class TensorRTSession:
             shapes = self._engine.get_tensor_profile_shape(name, 0)
             low, high = tuple(shapes[0]), tuple(shapes[2])
             self.buffers[name] = self._buffer(name, low, high, stack)
-            self._context.set_input_shape(name, high)
+            if not self._context.set_input_shape(name, high):
+                raise BackendError(f"TensorRT refuses the shape {high} for '{name}'")
         for name in self._outputs:
             high = tuple(self._context.get_tensor_shape(name))
+            if any(d < 0 for d in high):
+                raise BackendError(f"the largest shape of the engine's output '{name}' is not known: {high}")
             self.buffers[name] = self._buffer(name, high, high, stack)
             self._bind(name, self.buffers[name].device)
 
@@ -242,14 +254,13 @@ class TensorRTSession:
             if not self._context.set_input_shape(name, shape):
                 raise BackendError(f"TensorRT refuses the shape {shape} for '{name}'")
             self._shapes[name] = shape
+        if value.dtype != buffer.dtype:
+            raise InputError(f"the engine's input '{name}' is {buffer.dtype}, got {value.dtype}")
         if isinstance(value, DeviceTensor):
             self._from_host.discard(name)
             self._bind(name, value.address)
             return
-        array = np.asarray(value)
-        if array.dtype != buffer.dtype:
-            raise InputError(f"the engine's input '{name}' is {buffer.dtype}, got {array.dtype}")
-        buffer.array(shape)[...] = array
+        buffer.array(shape)[...] = value
         self._from_host.add(name)
         self._bind(name, buffer.device)
 

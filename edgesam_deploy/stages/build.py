@@ -9,7 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgesam_deploy.bundle import ANSWERS, GRAPHS, MANIFEST, SCHEMA, check_replaceable, parse_manifest
+from edgesam_deploy.bundle import (
+    ANSWERS,
+    ENGINE_BACKENDS,
+    GRAPHS,
+    MANIFEST,
+    NODES,
+    SCHEMA,
+    check_replaceable,
+    parse_manifest,
+)
 from edgesam_deploy.errors import CheckpointError, InputError
 from edgesam_deploy.files import sha256_file, write_json, writing_folder
 from edgesam_deploy.images import list_images
@@ -223,6 +232,10 @@ def _assemble(
     with writing_folder(options.output) as folder:
         for name, graph in graphs.items():
             shutil.copyfile(graph, folder / f"{name}.onnx")
+        if options.target.backend in ENGINE_BACKENDS:
+            from edgesam_deploy.stages.typed_nodes import node_table
+
+            write_json(folder / NODES, {name: node_table(graph) for name, graph in graphs.items()})
         (folder / VERIFY).mkdir()
         for name in (*recorded.files, ANSWERS_NAME):
             shutil.copyfile(answers / name, folder / VERIFY / name)

@@ -18,12 +18,10 @@ from typing import Any
 from edgesam_deploy.contract import GraphContract, TensorSpec
 from edgesam_deploy.errors import BackendError, GraphError, InputError
 from edgesam_deploy.files import write_bytes
-from edgesam_deploy.runtime.bindings import Library, Message, last_error, listen, logger, trt
+from edgesam_deploy.runtime.bindings import Library, Message, last_error, listen, logger, quiet, trt
 from edgesam_deploy.runtime.tensorrt import DTYPES
 
 MB = 1 << 20
-# Library releases in which a name first appears; an older one refuses the option instead of ignoring it.
-SAME_CAPABILITY_SINCE = (10, 16)
 
 # (what the builder does, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -106,7 +104,7 @@ def compile_graph(
     """
     started = time.perf_counter()
     with listen("VERBOSE" if verbose else "WARNING") as messages:
-        builder = trt.Builder(logger())
+        builder = _builder(library, messages)
         # Strongly typed on every release; on TensorRT 11 the flag is accepted and always on.
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         _parse(network, graph, messages)
@@ -116,18 +114,26 @@ def compile_graph(
         if any(isinstance(d, str) for spec in contract.inputs for d in spec.shape):
             profile = builder.create_optimization_profile()
             _set_shapes(profile, contract, options.shape_profile)
-            config.add_optimization_profile(profile)
+            if config.add_optimization_profile(profile) < 0:
+                raise BackendError(f"{library.name} refuses the shape profile of {graph}: {last_error(messages)}")
         hit = _read_timing_cache(config, options.timing_cache)
-        with _stoppable(config, progress) as stopped:
+        with _stoppable(config, progress) as stopped, quiet():
             plan = builder.build_serialized_network(network, config)
+    if stopped.is_set():
+        raise KeyboardInterrupt
     if plan is None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
         raise BackendError(f"{library.name} {library.version} cannot build {graph}: {last_error(messages)}")
     write_bytes(output, bytes(plan))
     _write_timing_cache(config, options.timing_cache)
     seconds = time.perf_counter() - started
     return CompileResult(output, seconds, output.stat().st_size, hit, tuple(messages))
+
+
+def _builder(library: Library, messages: list[Message]) -> trt.Builder:
+    try:
+        return trt.Builder(logger())
+    except TypeError as error:  # the bindings' answer where CUDA cannot start: "factory function returned nullptr"
+        raise BackendError(f"{library.name} {library.version} cannot start: {last_error(messages)}") from error
 
 
 def _parse(network: trt.INetworkDefinition, graph: Path, messages: list[Message]) -> None:
@@ -188,7 +194,8 @@ def _set_capabilities(config: trt.IBuilderConfig, capabilities: tuple[str, ...],
         raise InputError(f"{library.name} {library.version} cannot compile for {', '.join(unknown)}, only for {names}")
     config.num_compute_capabilities = len(capabilities)
     for index, capability in enumerate(capabilities):
-        config.set_compute_capability(known[capability.replace(".", "")], index)
+        if not config.set_compute_capability(known[capability.replace(".", "")], index):
+            raise InputError(f"{library.name} {library.version} refuses compute capability {capability}")
 
 
 def _set_shapes(profile: trt.IOptimizationProfile, contract: GraphContract, shapes: ShapeProfile) -> None:

@@ -6,32 +6,44 @@ verification prompts, and only then does the new bundle take the kit's place.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgesam_deploy.bundle import ENGINE_BACKENDS, GRAPHS, MANIFEST, Bundle, parse_manifest
+from edgesam_deploy.bundle import ENGINE_BACKENDS, GRAPHS, MANIFEST, NODES, Bundle, parse_manifest
 from edgesam_deploy.contract import contracts
 from edgesam_deploy.errors import BackendError, BundleError
 from edgesam_deploy.files import sha256_file, write_json, writing_folder
 from edgesam_deploy.measure.accuracy import AccuracyResult
+from edgesam_deploy.measure.audit import AuditResult, audit
+from edgesam_deploy.measure.layers import layers_from_inspector, layers_from_log
+from edgesam_deploy.runtime import SessionOptions
 from edgesam_deploy.runtime.bindings import Library, use
 from edgesam_deploy.runtime.cuda import open_cuda, probe
 from edgesam_deploy.runtime.plans import EngineRecord, platform_tag
+from edgesam_deploy.runtime.tensorrt import TensorRTSession
 from edgesam_deploy.stages.compile import CompileOptions, CompileResult, Progress, compile_graph, options_as_json
 from edgesam_deploy.stages.verify import verify
 from edgesam_deploy.target import Target
 
+# How the builder's message that lists all compiled layers begins.
+LISTING = "Layers:"
+
 
 @dataclass(frozen=True, slots=True)
 class FinishResult:
-    """accuracy, passed: None where there was no GPU to run the engines on, so that they are not verified yet."""
+    """accuracy, passed: None where there was no GPU to run the engines on, so that they are not verified yet.
+
+    audits: by graph, and compute capability if the plans are for several; empty unless asked for.
+    """
 
     bundle: Path
     record: EngineRecord
     engines: Mapping[str, CompileResult]
+    audits: Mapping[str, AuditResult]
     accuracy: AccuracyResult | None
     passed: bool | None
     min_mask_iou: float
@@ -43,12 +55,13 @@ def finish(
     options: CompileOptions,
     output: Path | None = None,
     progress: Callable[[str], Progress] | None = None,
-    verbose: bool = False,
+    audited: bool = False,
 ) -> FinishResult:
     """Compile both graphs of a bundle, verify the engines on this GPU, and write the bundle.
 
     target: the bundle's. output: another folder than the bundle's own. progress: makes a graph's progress callback from
-    its name. Whatever happens, what was there before stays until the new bundle is complete.
+    its name. audited: compare what every node was compiled to with what it was meant to be. Whatever happens, what was
+    there before stays until the new bundle is complete.
     """
     if bundle.backend not in ENGINE_BACKENDS:
         raise BundleError(
@@ -67,7 +80,7 @@ def finish(
         for name, contract in contracts(bundle.geometry).items():
             step = progress(name) if progress is not None else None
             plan = folder / f"{name}.engine"
-            engines[name] = compile_graph(bundle.graph(name), plan, contract, options, library, step, verbose)
+            engines[name] = compile_graph(bundle.graph(name), plan, contract, options, library, step, audited)
         record = EngineRecord(
             library=library.name,
             version=library.version,
@@ -80,6 +93,7 @@ def finish(
             settings=options_as_json(options),
         )
         manifest = _manifest(bundle, folder, record)
+        audits = _audits(parse_manifest(manifest, folder), engines, record) if audited else {}
         accuracy = verify(parse_manifest(manifest, folder)) if driver is not None else None
         threshold = float(manifest["min_mask_iou"])
         passed = None if accuracy is None else accuracy.mask_iou.mean >= threshold
@@ -87,7 +101,7 @@ def finish(
         if accuracy is not None:
             manifest["results"] = asdict(accuracy)
         write_json(folder / MANIFEST, manifest)
-    return FinishResult(output or bundle.path, record, engines, accuracy, passed, threshold)
+    return FinishResult(output or bundle.path, record, engines, audits, accuracy, passed, threshold)
 
 
 def _device(bundle: Bundle, options: CompileOptions) -> tuple[tuple[str, ...], str | None]:
@@ -110,6 +124,34 @@ def _check_release(library: Library, target: Target) -> None:
             f"target '{target.name}' takes {library.name} {target.tensorrt_min} up to, not including, "
             f"{target.tensorrt_below}; this machine has {library.version}"
         )
+
+
+def _audits(bundle: Bundle, engines: Mapping[str, CompileResult], record: EngineRecord) -> dict[str, AuditResult]:
+    """By the builder's log for TensorRT for RTX, which needs no GPU; by the engine's inspector for TensorRT."""
+    nodes = _node_tables(bundle)
+    audits = {}
+    for name, result in engines.items():
+        wanted = {node: entry[0] for node, entry in nodes[name].items()}
+        ops = {node: entry[1] for node, entry in nodes[name].items()}
+        if record.library == "tensorrt":
+            with TensorRTSession(bundle.engine(name), SessionOptions(), record.library) as session:
+                audits[name] = audit(layers_from_inspector(session.inspect()), wanted, ops)
+            continue
+        listings = [m.text for m in result.log if m.text.startswith(LISTING)]
+        names = [f"{name} {c}" for c in record.compute_capabilities] if len(listings) > 1 else [name]
+        for key, text in zip(names, listings, strict=True):
+            audits[key] = audit(layers_from_log(text), wanted, ops)
+    return audits
+
+
+def _node_tables(bundle: Bundle) -> dict[str, dict[str, list[str]]]:
+    try:
+        tables: dict[str, dict[str, list[str]]] = json.loads((bundle.path / NODES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{bundle.path} has no readable {NODES}, which an audit needs: build the kit again"
+        ) from error
+    return tables
 
 
 def _timing_cache(bundle: Bundle, library: Library, capability: str) -> Path:

@@ -51,6 +51,12 @@ def operators(graph: Path) -> dict[str, str]:
     return {_name(node): node.op_type for node in graphs.load(graph).graph.node}
 
 
+def node_table(graph: Path) -> dict[str, list[str]]:
+    """Node name → [wanted precision, operator], as JSON: what a kit tells a device that has no onnx."""
+    ops = operators(graph)
+    return {name: [wanted, ops[name]] for name, wanted in wanted_precisions(graph).items()}
+
+
 def _name(node: onnx.NodeProto) -> str:
     """As TensorRT's parser calls it: a node without a name is called after its first output."""
     return node.name or f"node_of_{node.output[0]}"
