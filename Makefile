@@ -27,19 +27,21 @@ lint: $(BIN)/.dev
 types: $(BIN)/.dev
 	$(BIN)/mypy
 
-# A base install on Python 3.10 (no torch, no onnx) loads and runs a bundle that a newer Python built.
+# A base install on Python 3.10 (no torch, no onnx) runs a bundle and finishes a kit that a newer Python built.
 ifeq ($(PYTHON310),)
 runtime310:
 	@echo "skipped: no Python 3.10 found for the runtime test (give one: make test PYTHON310=...)"
 else
 runtime310: $(BIN)/.dev $(VENV)-3.10/.ready
 	$(BIN)/sam-export build --precision int8 -o $(VENV)-3.10/bundle/reference-int8
-	EDGESAM_TEST_BUNDLE=$(abspath $(VENV)-3.10)/bundle/reference-int8 $(VENV)-3.10/bin/python -m pytest tests/runtime
+	$(BIN)/sam-export build --target rtx --precision int8 -o $(VENV)-3.10/kit/reference-int8
+	EDGESAM_TEST_BUNDLE=$(abspath $(VENV)-3.10)/bundle/reference-int8 EDGESAM_TEST_KIT=$(abspath $(VENV)-3.10)/kit/reference-int8 \
+		$(VENV)-3.10/bin/python -m pytest tests/runtime
 endif
 
 $(VENV)-3.10/.ready: pyproject.toml
 	$(PYTHON310) -m venv $(VENV)-3.10
-	$(VENV)-3.10/bin/python -m pip install -q -e '.[cpu]' pytest
+	$(VENV)-3.10/bin/python -m pip install -q -e '.[cpu,rtx]' pytest
 	touch $@
 
 $(BIN)/python:

@@ -30,6 +30,7 @@ from edgesam_deploy.models.checkpoint import checkpoint_path, load_model
 from edgesam_deploy.models.session import reference_predictor
 from edgesam_deploy.predictor import Predictor
 from edgesam_deploy.recipe import PRECISIONS, Recipe, load_recipe
+from edgesam_deploy.runtime import SessionOptions
 from edgesam_deploy.stages.build import BuildOptions, build
 from edgesam_deploy.stages.cache import tool_versions
 from edgesam_deploy.stages.verify import witness
@@ -88,7 +89,7 @@ def _centre(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
 def tensorrt_encoding(bundle: Bundle, stages: Path) -> Iterator[Predictor]:
     """The INT8 graph in TensorRT's encoding, run by ONNX Runtime: slow, and the same numbers."""
     graphs = {"encoder": stages / "quantize" / "encoder.onnx", "decoder": bundle.graph("decoder")}
-    with open_graphs(graphs, bundle) as predictor:
+    with open_graphs(graphs, bundle, SessionOptions(), "onnxruntime") as predictor:
         yield predictor
 
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def time_ms(run: Callable[[], object], seconds: float) -> dict[str, float]:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples) < MIN_RUNS:
         if ON_GPU:
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             first.record()
             run()
             last.record()
@@ -89,7 +90,7 @@ def torch_runs(module: torch.nn.Module, feeds: Feeds, half: bool) -> Iterator[tu
 
     yield "torch", call
     if ON_GPU:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
@@ -143,11 +144,9 @@ def latencies(recipe: Recipe, seconds: float, folder: Path) -> list[dict[str, An
         for precision, graph in (("fp32", fp32), ("fp16", fp16)):
             facts = {"recipe": recipe.name, "weights": weights, "graph": name, "precision": precision}
             for backend, run in torch_runs(module, feeds, precision == "fp16"):
-                attempt(results, {**facts, "backend": backend}, lambda run=run: time_ms(run, seconds))
-            attempt(results, {**facts, "backend": "onnxruntime"}, lambda g=graph, f=feeds: _timed(g, f, seconds))
-            attempt(
-                results, {**facts, "backend": "tensorrt_rtx"}, lambda n=name, g=graph, f=feeds: _rtx(recipe, n, g, f)
-            )
+                attempt(results, {**facts, "backend": backend}, partial(time_ms, run, seconds))
+            attempt(results, {**facts, "backend": "onnxruntime"}, partial(_timed, graph, feeds, seconds))
+            attempt(results, {**facts, "backend": "tensorrt_rtx"}, partial(_rtx, recipe, name, graph, feeds))
     return results
 
 

@@ -92,10 +92,10 @@ def quality() -> list[str]:
         boxes = [figures["coco-subset", "GT box", "single", g] for g in ("all", "small", "medium", "large")]
         click = figures["bsds500", "centre click", "best of 3", "60 images"]
         rows.append([name, *(f"{v:.3f}" for v in boxes), f"{click:.3f} (best of 3)"])
-    figures = {(f["answer"], f["group"]): f["miou"] for f in sources["shipped reference"]["figures"]}
+    trivial = {(f["answer"], f["group"]): f["miou"] for f in sources["shipped reference"]["figures"]}
     for name in ("filled box", "inscribed ellipse"):
         rows.append(
-            [f"no model: {name}", *(f"{figures[name, g]:.3f}" for g in ("all", "small", "medium", "large")), "–"]
+            [f"no model: {name}", *(f"{trivial[name, g]:.3f}" for g in ("all", "small", "medium", "large")), "–"]
         )
     return [
         "",
@@ -107,6 +107,29 @@ def quality() -> list[str]:
     ]
 
 
+def audit() -> list[str]:
+    result: dict[str, Any] = json.loads((RESULTS.parent / "rtx" / "audit.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"{row['recipe']} {row['graph']}",
+            row["precision"],
+            ", ".join(f"{count} {kind}" for kind, count in row["compiled"].items()),
+            str(len(row["mismatched"])),
+            f"{row['seconds']:.1f}",
+            f"{row['plan_mb']:.0f}",
+        ]
+        for row in result["graphs"]
+    ]
+    return [
+        f"**Compiled as meant**, by the layer list of TensorRT for RTX {result['library'].split()[1]} on a machine "
+        "without a GPU: nodes by the type they compute in. mixed: a kernel with FP16 and FP32 tensors, as at the edge "
+        "of the FP32 point encoding. Seconds are upper bounds. Source: "
+        "`benchmarks/results/rtx/audit.json`, `rtx_audit.py`.",
+        "",
+        *table(["graph", "precision", "nodes by compiled type", "not as meant", "seconds", "plan MB"], rows),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -115,7 +138,7 @@ def main() -> None:
     text = path.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    lines = [BEGIN, "", *agreement(), "", *speed(), "", *parity(), *quality(), "", END]
+    lines = [BEGIN, "", *agreement(), "", *speed(), "", *parity(), "", *audit(), *quality(), "", END]
     updated = before + "\n".join(lines) + after
     if options.check:
         sys.exit(0 if updated == text else "README.md is out of date: run python benchmarks/readme.py")

@@ -24,7 +24,7 @@ def test_the_targets_there_are() -> None:
         "agx-orin-64gb": ("tensorrt", ("8.7",)),
         "thor": ("tensorrt", ("11.0",)),
         "x86-gpu": ("tensorrt", ("8.0", "8.9", "9.0")),
-        "rtx": ("tensorrt_rtx", ("7.5", "8.6", "8.9", "12.0")),
+        "rtx": ("tensorrt_rtx", ("8.6", "8.9", "12.0")),
     }
 
 
@@ -76,7 +76,6 @@ BUSES = [
     ("Jetson Orin NX 16GB", 128, 6400),
     ("Jetson AGX Orin 64GB", 256, 6400),
     ("Jetson T5000", 256, 8533),
-    ("GeForce RTX 2080 Ti", 352, 14000),
     ("GeForce RTX 3090", 384, 19500),
     ("GeForce RTX 4090", 384, 21000),
     ("GeForce RTX 5090", 512, 28000),

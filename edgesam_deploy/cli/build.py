@@ -31,7 +31,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Build and verify a bundle for RECIPE, a name or a .toml file [default: reference]."""
-    from edgesam_deploy.bundle import check_replaceable
+    from edgesam_deploy.bundle import ENGINE_BACKENDS, check_replaceable
     from edgesam_deploy.errors import MissingExtraError, ThresholdError
     from edgesam_deploy.recipe import load_recipe
     from edgesam_deploy.target import load_target
@@ -57,6 +57,11 @@ def command(
             f"min {iou.min:.4f} over {iou.count} prompts (threshold {result.min_mask_iou:g})"
         )
         click.echo(f"bundle: {result.bundle}")
+        if device.backend in ENGINE_BACKENDS:
+            click.echo(
+                f"this is a kit for {device.name}: copy the folder there and run  sam-export compile "
+                f"{result.bundle.name}"
+            )
     if any(r.reused for r in result.stages):
         say("stages marked 'reused' were up to date; --force redoes them")
     if not result.passed:

@@ -36,6 +36,7 @@ LIBRARIES = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 # TensorRT 10.3 is JetPack 6.1's. 8.x is weakly typed: it may run FP32 islands of a typed graph in FP16.
 MINIMUM = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 2)}
 LOG = logging.getLogger("edgesam_deploy.tensorrt")
+LOG.addHandler(logging.NullHandler())  # silent unless the program that uses us sets up logging
 _LEVELS = {
     "INTERNAL_ERROR": logging.CRITICAL,
     "ERROR": logging.ERROR,
