@@ -27,6 +27,7 @@ from edgesam_deploy.recipe import PACKAGE, PRECISIONS, Pixels
 if TYPE_CHECKING:
     from edgesam_deploy.predictor import Predictor
     from edgesam_deploy.runtime import SessionOptions
+    from edgesam_deploy.runtime.plans import EngineRecord
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -35,6 +36,8 @@ ANSWERS = "verify/answers.npz"
 NODES = "nodes.json"
 # Backends that run plans, which are made on the device, and not the ONNX files themselves.
 ENGINE_BACKENDS = ("tensorrt", "tensorrt_rtx")
+ENGINE_SUFFIX = ".engine"
+CURE = "Build it again or copy it whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +65,36 @@ class Bundle:
 
     def engine(self, name: str) -> Path:
         """The plan of ``encoder`` or ``decoder``, which a kit does not have yet."""
-        return self.path / f"{name}.engine"
+        return self.path / f"{name}{ENGINE_SUFFIX}"
 
     @contextmanager
-    def open(self, threads: int | None = None, cuda: str = "ctypes", cuda_graph: bool = False) -> Iterator[Predictor]:
+    def open(
+        self,
+        threads: int | None = None,
+        cuda: str = "ctypes",
+        cuda_graph: bool = False,
+        embedding_on_device: bool = True,
+    ) -> Iterator[Predictor]:
         """A Predictor on this bundle's backend; sessions are freed on exit.
 
-        threads: CPU threads, None for all cores. cuda, cuda_graph: for engines, as in ``runtime.SessionOptions``; the
-        graph is the encoder's. Raises BundleError if a graph's inputs or outputs are not those of the contract, if this
-        is a kit or its engines are stale, and BackendError for engines of another machine.
+        threads: CPU threads, None for all cores. For engines: cuda, cuda_graph as in ``runtime.SessionOptions``, the
+        graph is the encoder's; embedding_on_device: hand the embedding to the decoder without a copy. Raises
+        BundleError if a graph's inputs or outputs are not those of the contract, if this is a kit or its engines are
+        stale, and BackendError for engines of another machine.
         """
         from edgesam_deploy.runtime import SessionOptions
 
-        files = {name: self.graph(name) for name in GRAPHS}
+        files, trusted = {name: self.graph(name) for name in GRAPHS}, False
         if self.backend in ENGINE_BACKENDS:
-            self._check_engines(cuda)
+            trusted = self._check_engines(cuda).version_compatible
             files = {name: self.engine(name) for name in GRAPHS}
-        options = SessionOptions(threads, cuda, cuda_graph, stay=(IMAGE_EMBEDDINGS,))
+        stay = (IMAGE_EMBEDDINGS,) if embedding_on_device else ()
+        options = SessionOptions(threads, cuda, cuda_graph, stay, host_code=trusted)
         with open_graphs(files, self, options, self.backend) as predictor:
             yield predictor
 
-    def _check_engines(self, cuda: str) -> None:
-        """Raise unless the engines are there, were built from these graphs, and are for this machine."""
+    def _check_engines(self, cuda: str) -> EngineRecord:
+        """What the engines are tied to. Raises unless they are there, built from these graphs and for this machine."""
         from edgesam_deploy.runtime.bindings import use
         from edgesam_deploy.runtime.cuda import open_cuda
         from edgesam_deploy.runtime.plans import EngineRecord, check_machine, check_record
@@ -97,6 +108,7 @@ class Bundle:
         check_record(record, self.path, {n: self.manifest["files"][f"{n}.onnx"]["sha256"] for n in GRAPHS})
         capability = open_cuda(cuda).compute_capability()
         check_machine(record, self.path, use(self.backend), capability)
+        return record
 
 
 @contextmanager
@@ -130,24 +142,27 @@ def shipped_bundle() -> Path:
     return PACKAGE / "assets" / "bundles" / "reference-int8"
 
 
-def load_bundle(path: str | Path) -> Bundle:
+def load_bundle(path: str | Path, plans: bool = True) -> Bundle:
     """Load a bundle folder after checking its schema and the hash of every file.
 
-    Raises BundleError naming the file that is missing, altered or of another schema.
+    plans: False leaves engines unchecked, for those about to make new ones. Raises BundleError naming the file that is
+    missing, altered or of another schema.
     """
     folder = Path(path)
     manifest = _read_manifest(folder)
     for name, entry in manifest["files"].items():
         file = folder / name
+        if file.suffix == ENGINE_SUFFIX and not plans:
+            continue
+        cure = f"Rebuild it on this device: sam-export compile {folder}" if file.suffix == ENGINE_SUFFIX else CURE
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise BundleError(f"{folder / MANIFEST} names a file outside the bundle: {name}")
         if not file.is_file():
-            raise BundleError(f"bundle {folder} is incomplete: {name} is missing. Build it again or copy it whole")
+            raise BundleError(f"bundle {folder} is incomplete: {name} is missing. {cure}")
         found = sha256_file(file)
         if found != entry["sha256"]:
             raise BundleError(
-                f"bundle {folder} is broken: {name} has sha256 {found}, its manifest says {entry['sha256']}. "
-                "Build it again or copy it whole"
+                f"bundle {folder} is broken: {name} has sha256 {found}, its manifest says {entry['sha256']}. {cure}"
             )
     return parse_manifest(manifest, folder)
 

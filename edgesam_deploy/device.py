@@ -88,6 +88,10 @@ class Machine:
         return self.l4t is not None or self.module is not None or "Jetson" in (self.model or "")
 
 
+# Orin; Thor as CUDA 12 and CUDA 13 count it.
+JETSON_GPUS = ("8.7", "10.1", "11.0")
+
+
 def examine_machine(root: Path = Path("/"), library: str = "libcuda.so.1") -> Machine:
     """Look at the machine below ``root`` and at the driver's ``library``. Never raises for what is missing."""
     l4t = parse_l4t(_read(root / "etc/nv_tegra_release"))
@@ -124,7 +128,8 @@ def find_jetpack(l4t: str) -> str | None:
 
 def choose_target(machine: Machine) -> tuple[str, str]:
     """(target name, the reason in one sentence). Raises TargetError for a JetPack that is too old and says why."""
-    if machine.is_jetson:
+    # A container hides the device tree: on Arm these compute capabilities are a Jetson's.
+    if machine.is_jetson or ((machine.os or "").endswith("aarch64") and machine.compute_capability in JETSON_GPUS):
         _refuse_old_jetpack(machine)
         return _choose_jetson(machine)
     if machine.compute_capability is None:

@@ -11,6 +11,7 @@ import click
 from edgesam_deploy.cli.terminal import json_option, plain, print_json, print_table, say, threads_option, track
 
 if TYPE_CHECKING:
+    from edgesam_deploy.bundle import Bundle
     from edgesam_deploy.measure.bench import BenchResult
     from edgesam_deploy.measure.engine_latency import EngineLatencyOptions
 
@@ -57,10 +58,13 @@ def command(
     from edgesam_deploy.measure.bench import BenchOptions, bench
     from edgesam_deploy.recipe import PACKAGE
 
+    loaded = load_bundle(bundle or shipped_bundle())
+    if export_times is not None:
+        _check_export(loaded, export_times)
     given = {"transfers": transfers, "cuda_graph": cuda_graph, "spin_wait": spin_wait}
     options = BenchOptions(runs, warmup, threads, cuda, _engine_options(int(like_trtexec), given))
     result = bench(
-        load_bundle(bundle or shipped_bundle()),
+        loaded,
         image or PACKAGE / "assets" / "photos" / "verify" / "duck.jpg",
         options,
         lambda items: track("bench", items, runs + warmup),
@@ -99,14 +103,23 @@ def _engine_options(major: int, given: dict[str, bool | None]) -> EngineLatencyO
     return replace(EngineLatencyOptions.like_trtexec(major), **chosen)
 
 
-def _export(result: BenchResult, folder: Path) -> None:
+def _check_export(bundle: Bundle, folder: Path) -> None:
+    """Raise now, rather than after all runs, if there will be nothing to export or nowhere to put it."""
+    from edgesam_deploy.bundle import ENGINE_BACKENDS, GRAPHS
     from edgesam_deploy.errors import InputError
+    from edgesam_deploy.files import check_writable
+
+    if bundle.backend not in ENGINE_BACKENDS:
+        raise InputError(f"--export-times is for engines; {bundle.path} runs on {bundle.backend}")
+    for name in GRAPHS:
+        check_writable(folder / f"{name}.json")
+
+
+def _export(result: BenchResult, folder: Path) -> None:
     from edgesam_deploy.files import write_json
     from edgesam_deploy.measure.engine_latency import export_times
 
-    if result.engines is None:
-        raise InputError(f"--export-times is for engines; {result.parts.bundle} runs on {result.parts.backend}")
-    for name, engine in result.engines.items():
+    for name, engine in (result.engines or {}).items():
         write_json(folder / f"{name}.json", export_times(engine))
         say(f"wrote {folder / f'{name}.json'}")
 
@@ -149,7 +162,8 @@ def _show_engines(result: BenchResult) -> None:
             for phase, s in {**phases, "enqueue": engine.enqueue}.items()
             if s is not None
         ]
-        title = f"{name} engine, {engine.queries} queries; the same: trtexec {engine.options.trtexec_flags(10)}"
+        flags = engine.options.trtexec_flags(10)
+        title = f"{name} engine, {engine.queries} queries, one stream; as trtexec --loadEngine={name}.engine {flags}"
         print_table(title, ("(ms)", "mean", "median", "p90", "p95", "p99"), rows)
         for warning in engine.warnings:
             say(f"{name}: {warning}")

@@ -76,6 +76,8 @@ def _note(detail: object) -> str:
     skip = {"output", "encoder", "decoder", "images_digest", "rejected"}
     if not isinstance(detail, dict):
         return ""
+    if isinstance(detail.get("kept"), dict):
+        detail = {**detail, "kept": f"{len(detail['kept'])} in FP32"}
     return ", ".join(
         f"{k.replace('_', ' ')} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in detail.items() if k not in skip
     )

@@ -12,6 +12,7 @@ import click
 from edgesam_deploy.cli.terminal import json_option, plain, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from edgesam_deploy.bundle import Bundle
     from edgesam_deploy.stages.compile import CompileOptions, Progress
     from edgesam_deploy.stages.finish import FinishResult
     from edgesam_deploy.target import Target
@@ -63,7 +64,8 @@ def command(
     from edgesam_deploy.stages.compile import CompileOptions, ShapeProfile
     from edgesam_deploy.target import load_target
 
-    bundle = load_bundle(kit)
+    # Resolved, and without its old engines: they may be cut or missing, and are about to be replaced.
+    bundle = load_bundle(kit.resolve(), plans=False)
     target = load_target(bundle.target)
     if output is not None:
         check_replaceable(output)
@@ -75,7 +77,7 @@ def command(
         hardware_compatible=hardware_compatible,
         tf32=tf32,
     )
-    result = _finish(kit, target, options, output, audit)
+    result = _finish(bundle, target, options, output, audit)
     if as_json:
         print_json(_answer(result))
     else:
@@ -88,12 +90,11 @@ def command(
         )
 
 
-def _finish(kit: Path, target: Target, options: CompileOptions, output: Path | None, audit: bool) -> FinishResult:
-    from edgesam_deploy.bundle import load_bundle
+def _finish(bundle: Bundle, target: Target, options: CompileOptions, output: Path | None, audit: bool) -> FinishResult:
     from edgesam_deploy.stages.finish import finish
 
     with _progress() as bars:
-        return finish(load_bundle(kit), target, options, output, bars, audit)
+        return finish(bundle, target, options, output, bars, audit)
 
 
 def _answer(result: FinishResult) -> dict[str, object]:
@@ -102,7 +103,7 @@ def _answer(result: FinishResult) -> dict[str, object]:
             "file": f"{name}.engine",
             "seconds": r.seconds,
             "size_bytes": r.size_bytes,
-            "timing_cache": r.timing_cache_hit,
+            "timing_cache": r.timing_cache_read,
         }
         for name, r in result.engines.items()
     }
@@ -112,17 +113,17 @@ def _answer(result: FinishResult) -> dict[str, object]:
 def _show(result: FinishResult) -> None:
     record = result.record
     rows = [
-        (name, f"{r.seconds:.1f}", f"{r.size_bytes / 1e6:.1f}", "yes" if r.timing_cache_hit else "no")
+        (name, f"{r.seconds:.1f}", f"{r.size_bytes / 1e6:.1f}", "yes" if r.timing_cache_read else "no")
         for name, r in result.engines.items()
     ]
     where = " and ".join(record.compute_capabilities) or "any GPU it supports"
     print_table(
         f"{record.library} {record.version} for compute capability {where}",
-        ("engine", "seconds", "MB", "from timing cache"),
+        ("engine", "seconds", "MB", "timing cache read"),
         rows,
     )
     if result.accuracy is None:
-        say("no GPU here: the engines were not run. Where they run: sam-export verify BUNDLE")
+        say(f"the engines were not run: {result.unverified}. Where they run: sam-export verify BUNDLE")
     else:
         iou = result.accuracy.mask_iou
         click.echo(

@@ -197,7 +197,10 @@ def _all_masks(
 
 
 def _cosine(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
+    """0 for an embedding that is not finite: one that overflowed agrees with nothing."""
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    if not np.isfinite(x).all():
+        return 0.0
     return float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-12))
 
 

@@ -60,20 +60,36 @@ def bench(
 ) -> BenchResult:
     """Measure a bundle on one image file and one click. Raises what opening the bundle and reading the image raise."""
     image = read_image(image_path)
-    parts = measure_latency(bundle, image, options.runs, options.warmup, options.threads, progress)
-    with bundle.open(options.threads, options.cuda, options.engine.cuda_graph) as predictor:
+    how = (options.threads, options.cuda, options.engine.cuda_graph)
+    parts = measure_latency(bundle, image, options.runs, options.warmup, options.threads, progress, *how[1:])
+    on_gpu = bundle.backend in ENGINE_BACKENDS
+    with bundle.open(*how) as predictor:
         pipeline = measure_pipeline(predictor, image, image_path, PipelineOptions(options.runs, options.warmup))
-        power, note = _power(predictor, image)
-        clocks = read_clocks()
-        engines = _engines(predictor, image, options.engine) if bundle.backend in ENGINE_BACKENDS else None
-        memory = _device_memory(predictor) if engines is not None else None
+        gpu = _bus_id(predictor) if on_gpu else None
+        power, note = _power(predictor, image, gpu)
+        clocks = read_clocks() if gpu is None else read_clocks(gpu)
+        memory = _device_memory(predictor) if on_gpu else None
+    engines = None
+    if on_gpu:
+        # As trtexec, which knows one engine only: the embedding is copied to the host, and to the device again.
+        with bundle.open(*how, embedding_on_device=False) as predictor:
+            engines = _engines(predictor, image, options.engine)
     return BenchResult(parts, pipeline, frames_per_s(pipeline["camera"]), clocks, power, note, engines, memory)
 
 
-def _power(predictor: Predictor, image: npt.NDArray[np.uint8]) -> tuple[PowerResult | None, str | None]:
-    """Power while predictions follow each other, and why there is none."""
+def _bus_id(predictor: Predictor) -> str:
+    from edgesam_deploy.runtime.tensorrt import TensorRTSession
+
+    session = predictor.encoder
+    return session.cuda.pci_bus_id() if isinstance(session, TensorRTSession) else ""
+
+
+def _power(
+    predictor: Predictor, image: npt.NDArray[np.uint8], gpu: str | None
+) -> tuple[PowerResult | None, str | None]:
+    """Power while predictions follow each other, and why there is none. gpu: its PCI bus id, None for the CPU."""
     height, width = image.shape[:2]
-    with PowerSampler() as sampler:
+    with PowerSampler(gpu=gpu) as sampler:
         if sampler.reason is not None:
             return None, sampler.reason
         count, start = 0, time.monotonic()
@@ -89,7 +105,10 @@ def _power(predictor: Predictor, image: npt.NDArray[np.uint8]) -> tuple[PowerRes
 def _engines(
     predictor: Predictor, image: npt.NDArray[np.uint8], options: EngineLatencyOptions
 ) -> dict[str, EngineLatency]:
-    """Encoder and decoder by CUDA events, one click. The decoder is launched kernel by kernel, whatever the options."""
+    """Encoder and decoder by CUDA events, one click; each with all its inputs and outputs copied, if copies count.
+
+    The decoder is launched kernel by kernel, whatever the options.
+    """
     from edgesam_deploy.runtime.tensorrt import TensorRTSession
 
     results = {}

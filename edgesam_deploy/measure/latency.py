@@ -83,6 +83,8 @@ def measure_latency(
     warmup: int,
     threads: int | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    cuda: str = "ctypes",
+    cuda_graph: bool = False,
 ) -> LatencyResult:
     """Time ``runs`` predictions of one click in the middle of ``image`` (H,W,3), after ``warmup`` unrecorded ones."""
     if runs < 1 or warmup < 0:
@@ -90,7 +92,7 @@ def measure_latency(
     hw = (image.shape[0], image.shape[1])
     prompts = check_prompts([[hw[1] / 2, hw[0] / 2]], [1], None, hw)
     samples: dict[str, list[float]] = {name: [] for name in (*PARTS, "total")}
-    with bundle.open(threads) as predictor:
+    with bundle.open(threads, cuda, cuda_graph) as predictor:
         predictor.set_image(image)
         decoder_feeds = predictor.decoder_feeds(prompts)
         for run in progress(range(warmup + runs)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -103,11 +103,12 @@ def _within(trace: PowerTrace, start_s: float, end_s: float) -> tuple[npt.NDArra
 class PowerSampler:
     """Reads power in a thread while its block runs. Reading power never fails the block: see ``reason``.
 
-    interval_ms: time between readings. gpu: which GPU, for NVML only, as ``nvml.Nvml`` takes it. Entering waits for the
-    first reading and leaving for one more, so that every interval within the block is covered.
+    interval_ms: time between readings. gpu: which GPU, for NVML only, as ``nvml.Nvml`` takes it; None where none is at
+    work. Entering waits for the first reading and leaving for one more, so that every interval within the block is
+    covered.
     """
 
-    def __init__(self, interval_ms: int = 100, gpu: int | str = 0) -> None:
+    def __init__(self, interval_ms: int = 100, gpu: int | str | None = 0) -> None:
         if interval_ms < 1:
             raise InputError(f"interval_ms must be at least 1, got {interval_ms}")
         self.reason: str | None = None
@@ -121,7 +122,12 @@ class PowerSampler:
 
     def __enter__(self) -> PowerSampler:
         problems = []
-        for opener in (open_tegrastats, partial(open_nvml_source, gpu=self._gpu)):
+        openers: list[Callable[[int], Source | str]] = [open_tegrastats]
+        if self._gpu is None:
+            problems.append("NVML measures GPUs, and this runs on the CPU")
+        else:
+            openers.append(partial(open_nvml_source, gpu=self._gpu))
+        for opener in openers:
             source = opener(self._interval_ms)
             if isinstance(source, str):
                 problems.append(source)

@@ -27,13 +27,15 @@ class SessionOptions:
     """How a session runs; a backend takes what concerns it.
 
     threads: CPU threads inside an operator, None for all cores. cuda: the implementation of the CUDA seam
-    (``runtime.cuda``). cuda_graph: launch engines as recorded CUDA graphs. stay: outputs left on the device.
+    (``runtime.cuda``). cuda_graph: launch engines as recorded CUDA graphs. stay: outputs left on the device. host_code:
+    let a version-compatible plan run the code that it carries for the host; for plans that one built oneself.
     """
 
     threads: int | None = None
     cuda: str = "ctypes"
     cuda_graph: bool = False
     stay: tuple[str, ...] = ()
+    host_code: bool = False
 
 
 class Session(Protocol):

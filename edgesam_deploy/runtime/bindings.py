@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesam_deploy.errors import BackendError, InputError, MissingExtraError
@@ -29,7 +30,19 @@ else:
 
     trt = _Chosen()
 
-__all__ = ["LIBRARIES", "Library", "Message", "last_error", "listen", "logger", "parse_release", "quiet", "trt", "use"]
+__all__ = [
+    "LIBRARIES",
+    "LOG",
+    "Library",
+    "Message",
+    "last_error",
+    "listen",
+    "logger",
+    "parse_release",
+    "quiet",
+    "trt",
+    "use",
+]
 
 # library -> the extra that installs it where it is not part of the system
 LIBRARIES = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
@@ -37,6 +50,7 @@ LIBRARIES = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 MINIMUM = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 2)}
 LOG = logging.getLogger("edgesam_deploy.tensorrt")
 LOG.addHandler(logging.NullHandler())  # silent unless the program that uses us sets up logging
+JETSON_RELEASE = Path("/etc/nv_tegra_release")
 _LEVELS = {
     "INTERNAL_ERROR": logging.CRITICAL,
     "ERROR": logging.ERROR,
@@ -130,6 +144,11 @@ def _import(library: str) -> Any:
     try:
         return import_module(library)
     except ModuleNotFoundError as error:
+        if library == "tensorrt" and JETSON_RELEASE.exists():
+            raise BackendError(
+                "this Python does not see JetPack's tensorrt: make the environment with  python3 -m venv "
+                "--system-site-packages  and install edgesam-deploy there, without the extra 'gpu'"
+            ) from error
         raise MissingExtraError(error.name or library, LIBRARIES[library]) from error
     except (ImportError, OSError, RuntimeError) as error:
         # The bindings are there, and a library of TensorRT or CUDA is not, or is another release's.
@@ -162,7 +181,8 @@ def listen(least: str = "ERROR") -> Iterator[list[Message]]:
     try:
         yield messages
     finally:
-        _state.listeners.remove(entry)
+        # By identity: two lists that are still empty are equal.
+        _state.listeners = [e for e in _state.listeners if e is not entry]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _STREAM_NON_BLOCKING = 1
 _EVENT_BLOCKING_SYNC = 1  # waiting for an event sleeps instead of taking a core
 _CAPTURE_THREAD_LOCAL = 1
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_BUS_ID_BYTES = 32
 _NOT_READY = 600
 _NO_DRIVER, _NO_DEVICE = 35, 100  # cudaErrorInsufficientDriver, cudaErrorNoDevice
 
@@ -37,6 +38,9 @@ class Cuda(Protocol):
 
     def compute_capability(self) -> str:
         """Of the current device, as ``8.7``."""
+
+    def pci_bus_id(self) -> str:
+        """Of the current device, as ``0000:01:00.0``: NVML counts devices in another order."""
 
     def runtime_version(self) -> tuple[int, int]: ...
 
@@ -175,6 +179,12 @@ class CudaRuntime:
         self._call("cudaDeviceGetAttribute", ctypes.byref(major), ctypes.c_int(_CAPABILITY_MAJOR), device)
         self._call("cudaDeviceGetAttribute", ctypes.byref(minor), ctypes.c_int(_CAPABILITY_MINOR), device)
         return f"{major.value}.{minor.value}"
+
+    def pci_bus_id(self) -> str:
+        device, text = ctypes.c_int(), ctypes.create_string_buffer(_BUS_ID_BYTES)
+        self._call("cudaGetDevice", ctypes.byref(device))
+        self._call("cudaDeviceGetPCIBusId", text, ctypes.c_int(_BUS_ID_BYTES), device)
+        return text.value.decode()
 
     def runtime_version(self) -> tuple[int, int]:
         version = ctypes.c_int()

@@ -98,11 +98,17 @@ def read_plan(path: Path, library: str) -> bytes:
     return data
 
 
-def load_plan(data: bytes, path: Path, library: Library) -> tuple[trt.ICudaEngine, trt.IExecutionContext]:
+def load_plan(
+    data: bytes, path: Path, library: Library, host_code: bool = False
+) -> tuple[trt.ICudaEngine, trt.IExecutionContext]:
     """The engine and one execution context of a plan. Raises BackendError with TensorRT's reason."""
     with listen() as messages:
         try:
-            engine = trt.Runtime(logger()).deserialize_cuda_engine(data)
+            runtime = trt.Runtime(logger())
+            if host_code:
+                # A version-compatible plan brings a runtime of its own, which TensorRT loads only if told to trust it.
+                runtime.engine_host_code_allowed = True
+            engine = runtime.deserialize_cuda_engine(data)
             context = engine.create_execution_context() if engine is not None else None
         except TypeError:  # the bindings' answer where CUDA cannot start: "factory function returned nullptr"
             engine = context = None

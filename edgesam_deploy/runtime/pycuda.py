@@ -45,6 +45,10 @@ class PycudaCuda:
         return f"{major}.{minor}"
 
     @_told()
+    def pci_bus_id(self) -> str:
+        return str(self._device.pci_bus_id())
+
+    @_told()
     def runtime_version(self) -> tuple[int, int]:
         version = driver.get_version()
         return int(version[0]), int(version[1])
@@ -96,7 +100,7 @@ class PycudaCuda:
 
     @_told()
     def event_create(self) -> int:
-        event = driver.Event()
+        event = driver.Event(driver.event_flags.BLOCKING_SYNC)  # waiting sleeps, as in the other implementation
         self._kept[id(event)] = event
         return id(event)
 

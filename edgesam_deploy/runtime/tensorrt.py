@@ -59,7 +59,7 @@ class TensorRTSession:
         self._graph: tuple[object, int] | None = None
         self._closed = False
         with ExitStack() as stack:
-            self._engine, self._context = load_plan(data, plan, self.library)
+            self._engine, self._context = load_plan(data, plan, self.library, options.host_code)
             stack.callback(self._forget)
             self.stream = self.cuda.stream_create()
             stack.callback(self.cuda.stream_destroy, self.stream)

@@ -84,9 +84,9 @@ def build(options: BuildOptions, progress: Progress = _quiet) -> BuildResult:
 
 
 def _images(options: BuildOptions) -> dict[str, list[Path]]:
-    """The verification images and, for INT8, the calibration images: looked at before anything takes time."""
+    """The verification images and, below FP32, the calibration images: looked at before anything takes time."""
     images = {VERIFY: list_images(options.images or PHOTOS / "verify")}
-    if options.precision == "int8":
+    if options.precision != "fp32":
         from edgesam_deploy.stages.calibrate import calibration_images
 
         images["calibration"] = calibration_images(options.calibration or PHOTOS / "calibration")
@@ -119,7 +119,8 @@ def _stages(
     if options.precision == "fp32":
         return simplified, answers
     if options.precision == "fp16":
-        return {name: _fp16(cache, recipe, name, graph) for name, graph in simplified.items()}, answers
+        maxima = _maxima(options, images["calibration"], cache, simplified, progress)
+        return {name: _fp16(cache, recipe, name, graph, maxima) for name, graph in simplified.items()}, answers
     # INT8: the encoder carries the load; the decoder is small, sensitive, and stays FP32.
     encoder = _int8(options, images["calibration"], cache, simplified["encoder"], progress)
     return {"encoder": encoder, "decoder": simplified["decoder"]}, answers
@@ -144,13 +145,38 @@ def _simplify(cache: StageCache, name: str, graph: Path) -> Path:
     return cache.run(f"simplify-{name}", {"graph": sha256_file(graph)}, action).folder / f"{name}.onnx"
 
 
-def _fp16(cache: StageCache, recipe: Recipe, name: str, graph: Path) -> Path:
+def _maxima(
+    options: BuildOptions,
+    images: Sequence[Path],
+    cache: StageCache,
+    simplified: Mapping[str, Path],
+    progress: Progress,
+) -> Path:
+    """The file of how large every tensor gets on the calibration images."""
+    from edgesam_deploy.stages.calibrate import images_digest
+
+    def action(folder: Path) -> Mapping[str, Any]:
+        from edgesam_deploy.stages.range_pass import range_pass
+
+        bar = _bar(progress, "ranges", len(images))
+        maxima = range_pass(simplified, images, options.recipe, folder / "maxima.json", bar)
+        largest = max(max(tensors.values()) for tensors in maxima.absmax.values())
+        return {"images": maxima.images, "images_digest": maxima.images_digest, "largest": largest}
+
+    hashes = {name: sha256_file(graph) for name, graph in simplified.items()}
+    inputs: dict[str, object] = {**hashes, "images": images_digest(images), "pixels": asdict(options.recipe.pixels)}
+    return cache.run("ranges", inputs, action).folder / "maxima.json"
+
+
+def _fp16(cache: StageCache, recipe: Recipe, name: str, graph: Path, maxima: Path) -> Path:
     def action(folder: Path) -> Mapping[str, Any]:
         from edgesam_deploy.stages.fp16 import convert_to_fp16
+        from edgesam_deploy.stages.range_pass import load_maxima
 
-        return _detail(convert_to_fp16(graph, recipe.fp16, folder / f"{name}.onnx"))
+        absmax = load_maxima(maxima).absmax[name]
+        return _detail(convert_to_fp16(graph, recipe.fp16, folder / f"{name}.onnx", absmax))
 
-    inputs = {"graph": sha256_file(graph), "rules": asdict(recipe.fp16)}
+    inputs = {"graph": sha256_file(graph), "rules": asdict(recipe.fp16), "maxima": sha256_file(maxima)}
     return cache.run(f"fp16-{name}", inputs, action).folder / f"{name}.onnx"
 
 

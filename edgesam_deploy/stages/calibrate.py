@@ -92,10 +92,10 @@ def calibrate(
     paths = calibration_images(images) if isinstance(images, Path) else list(images)
     model = graphs.load(graph)
     size = _image_size(model, graph)
-    names = _activations(model)
+    names = activations(model)
     histograms = {name: Histogram() for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        watched = _watch(model, names, Path(folder) / "watched.onnx")
+        watched = watch(model, names, Path(folder) / "watched.onnx")
         with open_session(watched) as session:
             for path in progress(paths):
                 feeds = {IMAGE: to_encoder_input(read_image(path), size, pixels.padding)}
@@ -156,7 +156,7 @@ def _image_size(model: onnx.ModelProto, path: Path) -> int:
     return shape[3]
 
 
-def _activations(model: onnx.ModelProto) -> list[str]:
+def activations(model: onnx.ModelProto) -> list[str]:
     """Every float32 tensor that a node writes; integer ones have no scale."""
     inferred = onnx.shape_inference.infer_shapes(model)
     floats = {
@@ -167,7 +167,7 @@ def _activations(model: onnx.ModelProto) -> list[str]:
     return [name for node in model.graph.node for name in node.output if name in floats]
 
 
-def _watch(model: onnx.ModelProto, names: Sequence[str], path: Path) -> Path:
+def watch(model: onnx.ModelProto, names: Sequence[str], path: Path) -> Path:
     """A copy of the graph that returns ``names`` too."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)

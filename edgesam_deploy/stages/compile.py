@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from edgesam_deploy.contract import GraphContract, TensorSpec
-from edgesam_deploy.errors import BackendError, GraphError, InputError
+from edgesam_deploy.errors import BackendError, GraphError, InputError, OutputError
 from edgesam_deploy.files import write_bytes
-from edgesam_deploy.runtime.bindings import Library, Message, last_error, listen, logger, quiet, trt
+from edgesam_deploy.runtime.bindings import LOG, Library, Message, last_error, listen, logger, quiet, trt
 from edgesam_deploy.runtime.tensorrt import DTYPES
 
 MB = 1 << 20
@@ -79,12 +79,15 @@ class CompileOptions:
 
 @dataclass(frozen=True, slots=True)
 class CompileResult:
-    """log: the builder's messages, with all layers (``measure.layers``) if it was asked to be verbose."""
+    """timing_cache_read: whether it started from tactics measured before.
+
+    log: the builder's messages, with all layers (``measure.layers``) if it was asked to be verbose.
+    """
 
     output: Path
     seconds: float
     size_bytes: int
-    timing_cache_hit: bool
+    timing_cache_read: bool
     log: tuple[Message, ...]
 
 
@@ -175,6 +178,8 @@ def _configure(config: trt.IBuilderConfig, options: CompileOptions, library: Lib
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
+    if options.version_compatible and library.name != "tensorrt":
+        raise InputError(f"{library.name} makes no version-compatible plans; leave --version-compatible out")
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:
@@ -221,7 +226,10 @@ def _read_timing_cache(config: trt.IBuilderConfig, path: Path | None) -> bool:
 def _write_timing_cache(config: trt.IBuilderConfig, path: Path | None) -> None:
     cache = config.get_timing_cache() if path is not None else None
     if path is not None and cache is not None:
-        write_bytes(path, bytes(cache.serialize()))
+        try:
+            write_bytes(path, bytes(cache.serialize()))
+        except OutputError as error:  # it only saves time: a plan that was built must not be lost for it
+            LOG.warning("the timing cache was not kept: %s", error)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgesam_deploy.bundle import ENGINE_BACKENDS, GRAPHS, MANIFEST, NODES, Bundle, parse_manifest
+from edgesam_deploy.bundle import ENGINE_BACKENDS, ENGINE_SUFFIX, GRAPHS, MANIFEST, NODES, Bundle, parse_manifest
 from edgesam_deploy.contract import contracts
-from edgesam_deploy.errors import BackendError, BundleError
+from edgesam_deploy.errors import BackendError, BundleError, OutputError
 from edgesam_deploy.files import sha256_file, write_json, writing_folder
 from edgesam_deploy.measure.accuracy import AccuracyResult
 from edgesam_deploy.measure.audit import AuditResult, audit
@@ -35,7 +35,7 @@ LISTING = "Layers:"
 
 @dataclass(frozen=True, slots=True)
 class FinishResult:
-    """accuracy, passed: None where there was no GPU to run the engines on, so that they are not verified yet.
+    """accuracy, passed: None where the engines cannot run here and are not verified yet; ``unverified`` says why.
 
     audits: by graph, and compute capability if the plans are for several; empty unless asked for.
     """
@@ -46,6 +46,7 @@ class FinishResult:
     audits: Mapping[str, AuditResult]
     accuracy: AccuracyResult | None
     passed: bool | None
+    unverified: str | None
     min_mask_iou: float
 
 
@@ -68,14 +69,21 @@ def finish(
             f"bundle {bundle.path} is for '{bundle.target}', which runs {bundle.backend} and needs no compiling; build "
             "for a GPU with  sam-export build --target"
         )
-    capabilities, driver = _device(bundle, options)
+    final = output or bundle.path
+    _check_elsewhere(final)
+    if audited:
+        _node_tables(bundle)
+    gpu = _gpu(bundle)
     library = use(bundle.backend)
     _check_release(library, target)
     if bundle.backend == "tensorrt":
-        cache = options.timing_cache or _timing_cache(bundle, library, capabilities[0])
+        cache = options.timing_cache or _timing_cache(final, library, gpu.compute_capability)
         options = replace(options, timing_cache=cache)
-    with writing_folder(output or bundle.path) as folder:
-        shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
+    built_for = (gpu.compute_capability,) if bundle.backend == "tensorrt" else options.compute_capabilities
+    with writing_folder(final) as folder:
+        shutil.copytree(
+            bundle.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(f"*{ENGINE_SUFFIX}", "*.cache")
+        )
         engines = {}
         for name, contract in contracts(bundle.geometry).items():
             step = progress(name) if progress is not None else None
@@ -84,9 +92,9 @@ def finish(
         record = EngineRecord(
             library=library.name,
             version=library.version,
-            compute_capabilities=capabilities,
+            compute_capabilities=built_for,
             platform=platform_tag(),
-            driver=driver,
+            driver=gpu.driver,
             version_compatible=options.version_compatible,
             hardware_compatible=options.hardware_compatible,
             built_from={name: bundle.manifest["files"][f"{name}.onnx"]["sha256"] for name in GRAPHS},
@@ -94,25 +102,58 @@ def finish(
         )
         manifest = _manifest(bundle, folder, record)
         audits = _audits(parse_manifest(manifest, folder), engines, record) if audited else {}
-        accuracy = verify(parse_manifest(manifest, folder)) if driver is not None else None
+        accuracy, unverified = _verify(parse_manifest(manifest, folder), gpu)
         threshold = float(manifest["min_mask_iou"])
         passed = None if accuracy is None else accuracy.mask_iou.mean >= threshold
         manifest["verified"] = bool(passed)
         if accuracy is not None:
             manifest["results"] = asdict(accuracy)
         write_json(folder / MANIFEST, manifest)
-    return FinishResult(output or bundle.path, record, engines, audits, accuracy, passed, threshold)
+    return FinishResult(final, record, engines, audits, accuracy, passed, unverified, threshold)
 
 
-def _device(bundle: Bundle, options: CompileOptions) -> tuple[tuple[str, ...], str | None]:
-    """(compute capabilities of the plans, the driver's CUDA version). TensorRT compiles for the GPU at hand only."""
-    if bundle.backend == "tensorrt":
-        driver = probe()
-        return (open_cuda().compute_capability(),), ".".join(map(str, driver.version))
+@dataclass(frozen=True, slots=True)
+class _Gpu:
+    """The GPU at hand. problem: why none can be used; compute_capability is empty and driver None then."""
+
+    compute_capability: str
+    driver: str | None
+    problem: str | None
+
+
+def _gpu(bundle: Bundle) -> _Gpu:
+    """TensorRT compiles for the GPU at hand, so there must be one; TensorRT for RTX does without."""
     try:
-        return options.compute_capabilities, ".".join(map(str, probe().version))
-    except BackendError:
-        return options.compute_capabilities, None  # TensorRT for RTX compiles without a GPU
+        driver = ".".join(map(str, probe().version))
+        return _Gpu(open_cuda().compute_capability(), driver, None)
+    except BackendError as error:
+        if bundle.backend == "tensorrt":
+            raise
+        return _Gpu("", None, str(error))
+
+
+def _verify(bundle: Bundle, gpu: _Gpu) -> tuple[AccuracyResult | None, str | None]:
+    """(what the engines' masks are worth, or why that is not known here).
+
+    TensorRT for RTX compiles for other GPUs than the one at hand: engines that do not run here are no failure there.
+    """
+    if gpu.problem is not None:
+        return None, gpu.problem
+    try:
+        return verify(bundle), None
+    except BackendError as error:
+        if bundle.backend == "tensorrt":
+            raise
+        return None, str(error).replace(str(bundle.path), "this bundle")
+
+
+def _check_elsewhere(folder: Path) -> None:
+    """Raise OutputError if the shell stands in the folder that is about to be exchanged."""
+    here, final = Path.cwd().resolve(), folder.resolve()
+    if final.exists() and (here == final or final in here.parents):
+        raise OutputError(
+            f"{final} is replaced as a whole, and you are in it: run the command from outside, as in  cd .."
+        )
 
 
 def _check_release(library: Library, target: Target) -> None:
@@ -154,9 +195,9 @@ def _node_tables(bundle: Bundle) -> dict[str, dict[str, list[str]]]:
     return tables
 
 
-def _timing_cache(bundle: Bundle, library: Library, capability: str) -> Path:
+def _timing_cache(final: Path, library: Library, capability: str) -> Path:
     """Beside the bundle, so that all precisions and models of a target share it."""
-    return bundle.path.resolve().parent / f".timing-{library.version}-sm{capability.replace('.', '')}.cache"
+    return final.resolve().parent / f".timing-{library.version}-sm{capability.replace('.', '')}.cache"
 
 
 def _manifest(bundle: Bundle, folder: Path, record: EngineRecord) -> dict[str, Any]:

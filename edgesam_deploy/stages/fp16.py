@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,42 +17,52 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgesam_deploy.errors import InputError
 from edgesam_deploy.files import sha256_file
 from edgesam_deploy.recipe import PrecisionRules
 from edgesam_deploy.stages import graph as graphs
 
+FP16_MAX = 65504.0
+# Calibration sees some images, a device sees others.
+MARGIN = 2.0
+# They square their input on the way: x² leaves FP16 long before x does (LayerNorm in SAM encoders: |x| up to 1418).
+_SQUARING = {"LayerNormalization", "InstanceNormalization", "GroupNormalization", "ReduceL2", "ReduceSumSquare", "Pow"}
+
 
 @dataclass(frozen=True, slots=True)
 class Fp16Result:
-    """half: nodes that compute in FP16, of ``nodes``."""
+    """half: nodes that compute in FP16, of ``nodes``. kept: those held in FP32, with the reason."""
 
     output: Path
     half: int
     nodes: int
+    kept: Mapping[str, str]
 
 
-def convert_to_fp16(source: Path, rules: PrecisionRules, output: Path) -> Fp16Result:
+def convert_to_fp16(
+    source: Path, rules: PrecisionRules, output: Path, absmax: Mapping[str, float] | None = None
+) -> Fp16Result:
     """Convert an FP32 graph to FP16 with FP32 inputs and outputs.
 
     Point encoding (all that leads to Sin and Cos) stays FP32: half coordinates step by half a pixel between 512 and
-    1024 before they pass through sine and cosine. So does what the recipe's ``precision.fp16.keep`` names.
+    1024 before they pass through sine and cosine. So does what the recipe's ``precision.fp16.keep`` names, and every
+    node whose inputs, outputs or squares on the way can leave FP16. absmax: largest |x| by tensor, as
+    ``stages.range_pass`` recorded it; None looks at no ranges.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = graphs.load(source)
-    keep = _point_encoding(model) | _named(model, rules)
+    kept = _overflowing(model, absmax or {}) | _named(model, rules) | _point_encoding(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weights below half's smallest number: they round to 0, as on the device
         half = convert_float_to_float16(
-            onnx.shape_inference.infer_shapes(model), keep_io_types=True, node_block_list=sorted(keep), op_block_list=[]
+            onnx.shape_inference.infer_shapes(model), keep_io_types=True, node_block_list=sorted(kept), op_block_list=[]
         )
     _join_kept(half)
     graphs.sort_nodes(half)
     graphs.save(half, output, {"stage": "fp16", "parent_sha256": sha256_file(source)})
     types = _tensor_types(half)
     count = sum(any(types.get(o) == TensorProto.FLOAT16 for o in n.output) for n in half.graph.node)
-    return Fp16Result(output, count, len(half.graph.node))
+    return Fp16Result(output, count, len(half.graph.node), kept)
 
 
 def _join_kept(model: onnx.ModelProto) -> None:
@@ -60,7 +71,8 @@ def _join_kept(model: onnx.ModelProto) -> None:
     The converter makes every tensor half and casts it back before a kept node: without this, coordinates would be
     rounded to FP16 ahead of each step of the point encoding.
     """
-    made_by = graphs.producers(model)
+    made_by, types = graphs.producers(model), _tensor_types(model)
+    types |= {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
 
     def cast(name: str, to: int) -> onnx.NodeProto | None:
         node = made_by.get(name)
@@ -70,7 +82,8 @@ def _join_kept(model: onnx.ModelProto) -> None:
         for index, name in enumerate(node.input):
             back = cast(name, TensorProto.FLOAT)
             there = cast(back.input[0], TensorProto.FLOAT16) if back is not None else None
-            if there is not None:
+            # A cast from another type, such as a comparison's bool, is the model's own.
+            if there is not None and types.get(there.input[0]) == TensorProto.FLOAT:
                 node.input[index] = there.input[0]
     outputs = {o.name for o in model.graph.output}
     while dead := [
@@ -119,8 +132,27 @@ def _tensor_types(model: onnx.ModelProto) -> dict[str, int]:
     return {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *inferred.graph.output)}
 
 
-def _point_encoding(model: onnx.ModelProto) -> set[str]:
-    """Names of the Sin and Cos nodes and of every node they depend on."""
+def _overflowing(model: onnx.ModelProto, absmax: Mapping[str, float]) -> dict[str, str]:
+    """Nodes that can leave FP16, with the tensor that shows it. Unseen images get a margin."""
+    kept = {}
+    for node in model.graph.node:
+        squares = node.op_type in _SQUARING
+        limit = (FP16_MAX / MARGIN) ** 0.5 if squares else FP16_MAX / MARGIN
+        worst = max((*node.input[:1], *node.output) if squares else (*node.input, *node.output), key=_of(absmax))
+        if _of(absmax)(worst) > limit:
+            what = f"squares '{worst}'" if squares and worst in node.input else f"'{worst}'"
+            kept[node.name] = (
+                f"{what} reaches {absmax[worst]:.4g}, FP16 with a margin of {MARGIN:g} ends at {limit:.4g}"
+            )
+    return kept
+
+
+def _of(absmax: Mapping[str, float]) -> Callable[[str], float]:
+    return lambda name: absmax.get(name, 0.0)
+
+
+def _point_encoding(model: onnx.ModelProto) -> dict[str, str]:
+    """The Sin and Cos nodes and every node they depend on."""
     made_by = graphs.producers(model)
     found: dict[str, onnx.NodeProto] = {}
     waiting = [n for n in model.graph.node if n.op_type in ("Sin", "Cos")]
@@ -129,11 +161,13 @@ def _point_encoding(model: onnx.ModelProto) -> set[str]:
         if node.name not in found:
             found[node.name] = node
             waiting += [made_by[name] for name in node.input if name in made_by]
-    return set(found)
+    return dict.fromkeys(found, "point encoding: half coordinates step by half a pixel")
 
 
-def _named(model: onnx.ModelProto, rules: PrecisionRules) -> set[str]:
-    try:
-        return {n.name for n in model.graph.node for pattern in rules.keep if re.search(pattern, n.name)}
-    except re.error as error:
-        raise InputError(f"precision.fp16.keep holds an invalid regular expression: {error}") from error
+def _named(model: onnx.ModelProto, rules: PrecisionRules) -> dict[str, str]:
+    return {
+        node.name: f"the recipe keeps '{pattern}'"
+        for node in model.graph.node
+        for pattern in rules.keep
+        if re.search(pattern, node.name)
+    }

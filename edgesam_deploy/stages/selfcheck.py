@@ -73,8 +73,9 @@ class SelfCheck:
         return tuple(b.bundle for b in self.bundles if b.passed is False)
 
 
-def check_bundle(path: Path, options: BenchOptions, say: Callable[[str], None]) -> BundleCheck:
+def check_bundle(given: Path, options: BenchOptions, say: Callable[[str], None]) -> BundleCheck:
     """Compile if need be, verify, measure. say: told what is going on."""
+    path = given.resolve()
     facts = BundleCheck(path.name, "", "", "", None, None, None, None, None, None, None)
     try:
         bundle = load_bundle(path)
@@ -94,10 +95,11 @@ def check_bundle(path: Path, options: BenchOptions, say: Callable[[str], None]) 
         accuracy = verify(bundle, threads=options.threads)
         facts = replace(facts, accuracy=accuracy, passed=accuracy.mask_iou.mean >= threshold)
         say(f"measuring {path.name}")
-        facts = replace(facts, bench=bench(bundle, PHOTO, options))
+        measured = bench(bundle, PHOTO, options)
+        facts = replace(facts, bench=replace(measured, parts=replace(measured.parts, bundle=path.name)))
         return replace(facts, layers=_layers(bundle))
     except EdgeSAMError as error:
-        return replace(facts, error=str(error))
+        return replace(facts, error=str(error).replace(str(path), path.name))
 
 
 def packages() -> dict[str, str]:
@@ -198,9 +200,7 @@ def _nameless(value: Any) -> Any:
         return {k: _nameless(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_nameless(v) for v in value]
-    if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")):
-        return Path(value).name
-    return value
+    return value.name if isinstance(value, Path) else value
 
 
 def build_all(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class FakeDriver:
     """The part of ``pycuda.driver`` that the seam uses. As there, an object frees what it holds when it goes."""
 
     Error = Error
+    event_flags = SimpleNamespace(BLOCKING_SYNC=1)
 
     def __init__(self, cudart: FakeCudart) -> None:
         self.cudart = cudart
@@ -74,8 +76,8 @@ class FakeDriver:
     def Stream(self) -> Stream:  # noqa: N802
         return Stream(self, self.made("cudaStreamCreateWithFlags", ctypes.c_uint(1)), "cudaStreamDestroy")
 
-    def Event(self) -> Event:  # noqa: N802
-        return Event(self, self.made("cudaEventCreateWithFlags", ctypes.c_uint(0)), "cudaEventDestroy")
+    def Event(self, flags: int = 0) -> Event:  # noqa: N802
+        return Event(self, self.made("cudaEventCreateWithFlags", ctypes.c_uint(flags)), "cudaEventDestroy")
 
 
 class Held:

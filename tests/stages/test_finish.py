@@ -206,12 +206,17 @@ def test_engines_of_another_gpu_are_refused(bundle: Path, on_a_gpu: None) -> Non
     assert (result.exit_code, "are for compute capability 12.0, this GPU has 8.6" in result.stderr) == (1, True)
 
 
-def test_a_cut_plan_never_reaches_tensorrt(bundle: Path) -> None:
+def test_a_cut_plan_never_reaches_tensorrt_and_is_rebuilt(bundle: Path) -> None:
     plan = bundle / "encoder.engine"
     plan.write_bytes(plan.read_bytes()[:1000])
+    (bundle / "decoder.engine").unlink()
     result = run("verify", bundle)
     assert result.exit_code == 1
-    assert "is broken: encoder.engine has sha256" in result.stderr
+    assert "decoder.engine is missing" in result.stderr or "encoder.engine has sha256" in result.stderr
+    assert f"Rebuild it on this device: sam-export compile {bundle}" in result.stderr
+    done = alone("compile", bundle)
+    assert done.returncode == 0, done.stderr
+    assert load_bundle(bundle).compiled
 
 
 def test_a_plan_that_is_none_is_refused_by_its_first_bytes(bundle: Path, on_a_gpu: None) -> None:
@@ -228,6 +233,7 @@ def test_a_plan_that_is_none_is_refused_by_its_first_bytes(bundle: Path, on_a_gp
 
 COMPILE = {
     "unknown-capability": (("--compute-capability", "8.7"), 2, "cannot compile for 8.7, only for 7.5"),
+    "version-compatible": (("--version-compatible",), 2, "tensorrt_rtx makes no version-compatible plans"),
     "too-few-points": (("--max-points", "1"), 2, "'--max-points'"),
 }
 
@@ -239,6 +245,36 @@ def test_what_cannot_be_compiled_is_said(kits: Path, words: tuple[str, ...], cod
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not load_bundle(kits / "int8").compiled
+
+
+def test_a_kit_is_not_exchanged_under_the_shells_feet(
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit = Path(shutil.copytree(kits / "int8", tmp_path / "kit"))
+    monkeypatch.chdir(kit)
+    result = run("compile", ".")
+    assert result.exit_code == 1
+    assert "you are in it: run the command from outside" in result.stderr
+    assert not load_bundle(kit).compiled
+
+
+def test_a_plan_for_another_gpu_is_finished_unverified(
+    kits: Path, tmp_path: Path, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a PC whose GPU is not the one compiled for; in this process, for its stand-in of a GPU."""
+    from edgesam_deploy.runtime.cuda import Driver
+    from edgesam_deploy.stages import finish
+
+    monkeypatch.setattr(finish, "probe", lambda: Driver((13, 0), 1))
+    monkeypatch.setattr(
+        finish, "open_cuda", lambda: __import__("types").SimpleNamespace(compute_capability=lambda: "8.6")
+    )
+    kit = Path(shutil.copytree(kits / "int8", tmp_path / "kit"))
+    result = run("compile", kit, "--compute-capability", "12.0")
+    assert result.exit_code == 0, result.output
+    assert "the engines were not run: the engines of this bundle are for compute capability 12.0" in result.stderr
+    assert load_bundle(kit).compiled
+    assert load_bundle(kit).verified is False
 
 
 def test_a_bundle_for_the_cpu_needs_no_compiling(built: object) -> None:

@@ -103,3 +103,21 @@ def test_keep_rules_hold_nodes_in_fp32(tmp_path: Path) -> None:
     with open_session(emulate_fp16(result.output, tmp_path / "emulated.onnx")) as session:
         out = session.run({"image": np.full((1, 64), 250, dtype=np.float32)})["out"]
     assert out[0, 0] == np.float32(np.float16(62_500))
+
+
+def test_a_kept_node_may_read_what_was_no_float(tmp_path: Path) -> None:
+    """A comparison cast to float is half's like any other tensor: joining it would hand its bool to the kept node."""
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in ("x", "y")]
+    nodes = [
+        helper.make_node("Less", ["x", "limit"], ["below"], name="less"),
+        helper.make_node("Cast", ["below"], ["mask"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "mask"], ["y"], name="keepme"),
+    ]
+    limit = [numpy_helper.from_array(np.array(2.0, dtype=np.float32), "limit")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], limit)
+    path = tmp_path / "mask.onnx"
+    graphs.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10), path, {})
+    half = convert_to_fp16(path, PrecisionRules(keep=("keepme",)), tmp_path / "half.onnx").output
+    with open_session(half) as session:
+        got = session.run({"x": np.array([[1, 2, 3, 0.5]], dtype=np.float32)})["y"]
+    np.testing.assert_array_equal(got, [[1, 0, 0, 0.5]])
