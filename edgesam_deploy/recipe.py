@@ -95,17 +95,21 @@ class Int8Rules:
     """How INT8 is calibrated and where Q/DQ goes; see ``stages.quantize``.
 
     keep: as in PrecisionRules. depthwise: quantize grouped convolutions too.
-    percentile: share of |activations| that the scale covers; the rest saturates.
+    percentile: share of |activations| that the scale covers; the rest saturates. equalize: even out the channels of
+    neighbouring convolutions first (``stages.equalize``), for models in which some are far larger than others.
     """
 
     keep: tuple[str, ...] = ()
     depthwise: bool = True
     percentile: float = 99.99
+    equalize: bool = False
 
     def __post_init__(self) -> None:
         _check_keep(self.keep)
         if not 50.0 < self.percentile <= 100.0:
             raise RecipeError(f"precision.int8.percentile must be in (50, 100], got {self.percentile}")
+        if not isinstance(self.equalize, bool):
+            raise RecipeError(f"precision.int8.equalize must be true or false, got {self.equalize!r}")
 
 
 def _check_keep(keep: object) -> None:

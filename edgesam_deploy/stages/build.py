@@ -122,7 +122,8 @@ def _stages(
         maxima = _maxima(options, images["calibration"], cache, simplified, progress)
         return {name: _fp16(cache, recipe, name, graph, maxima) for name, graph in simplified.items()}, answers
     # INT8: the encoder carries the load; the decoder is small, sensitive, and stays FP32.
-    encoder = _int8(options, images["calibration"], cache, simplified["encoder"], progress)
+    encoder = _equalize(cache, simplified["encoder"]) if recipe.int8.equalize else simplified["encoder"]
+    encoder = _int8(options, images["calibration"], cache, encoder, progress)
     return {"encoder": encoder, "decoder": simplified["decoder"]}, answers
 
 
@@ -143,6 +144,15 @@ def _simplify(cache: StageCache, name: str, graph: Path) -> Path:
         return _detail(simplify(graph, folder / f"{name}.onnx"))
 
     return cache.run(f"simplify-{name}", {"graph": sha256_file(graph)}, action).folder / f"{name}.onnx"
+
+
+def _equalize(cache: StageCache, graph: Path) -> Path:
+    def action(folder: Path) -> Mapping[str, Any]:
+        from edgesam_deploy.stages.equalize import equalize
+
+        return _detail(equalize(graph, folder / "encoder.onnx"))
+
+    return cache.run("equalize", {"graph": sha256_file(graph)}, action).folder / "encoder.onnx"
 
 
 def _maxima(

@@ -26,8 +26,8 @@ from edgesam_deploy.stages.range_pass import load_maxima, range_pass
 from ..conftest import PHOTOS
 
 
-def planted(source: Path, output: Path, seed: int) -> Path:
-    """A graph that computes the same: channels of one convolution times 2⁰…2¹⁶, the next one's weights divided."""
+def planted(source: Path, output: Path, seed: int, powers: int = 17) -> Path:
+    """A graph that computes the same: channels of one convolution times 2⁰, 2¹, …, the next one's weights divided."""
     model = graphs.load(source)
     values, users, made_by = graphs.constants(model), graphs.consumers(model), graphs.producers(model)
     for second in reversed(model.graph.node):
@@ -43,7 +43,7 @@ def planted(source: Path, output: Path, seed: int) -> Path:
     else:
         raise AssertionError("the model has no Conv -> Relu -> Conv")
     channels = values[first.input[1]].shape[0]
-    scale = np.exp2(np.random.default_rng(seed).permutation(np.arange(channels) % 17)).astype(np.float32)
+    scale = np.exp2(np.random.default_rng(seed).permutation(np.arange(channels) % powers)).astype(np.float32)
     for node, index, shape in ((first, 1, (-1, 1, 1, 1)), (first, 2, (-1,)), (second, 1, (1, -1, 1, 1))):
         factor = 1 / scale if node is second else scale
         name = f"{node.input[index]}:planted"
