@@ -41,7 +41,7 @@ endif
 
 $(VENV)-3.10/.ready: pyproject.toml
 	$(PYTHON310) -m venv $(VENV)-3.10
-	$(VENV)-3.10/bin/python -m pip install -q -e '.[cpu,rtx]' pytest
+	$(VENV)-3.10/bin/python -m pip install -q -e '.[cpu,openvino,rtx]' pytest
 	touch $@
 
 $(BIN)/python:

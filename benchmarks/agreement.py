@@ -40,14 +40,16 @@ Prompts = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 MIN_AREA = 100  # pixels; smaller objects have no sensible centre
 
 
-def choose(data: Path, count: int, rng: np.random.Generator) -> list[tuple[Path, Prompts]]:
-    """Two thirds coco-subset/val, one third davis-frames (one frame per sequence), with their prompts."""
-    coco = COCO(str(data / "coco-subset" / "instances_val.json"))
+def choose(data: Path, count: int, rng: np.random.Generator, split: str = "val") -> list[tuple[Path, Prompts]]:
+    """Two thirds coco-subset/val, one third davis-frames (one frame per sequence), with their prompts.
+
+    split: "train" for coco-subset/train alone, which may be used to choose settings by.
+    """
+    coco = COCO(str(data / "coco-subset" / f"instances_{split}.json"))
     chosen: list[tuple[Path, Prompts]] = []
     ids = [i for i in sorted(coco.imgs) if _objects(coco, i)]
-    davis = sorted(
-        {p.stem.rpartition("_")[0]: p for p in sorted((data / "davis-frames" / "val").glob("*.jpg"))}.items()
-    )
+    frames = sorted((data / "davis-frames" / "val").glob("*.jpg")) if split == "val" else []
+    davis = sorted({p.stem.rpartition("_")[0]: p for p in frames}.items())
     for image_id in rng.permutation(ids)[: count - min(len(davis), count // 3)]:
         path = data / "coco-subset" / coco.imgs[int(image_id)]["file_name"]
         masks = [coco.annToMask(a).astype(bool) for a in _objects(coco, int(image_id))]
@@ -88,7 +90,7 @@ def _centre(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
 @contextmanager
 def tensorrt_encoding(bundle: Bundle, stages: Path) -> Iterator[Predictor]:
     """The INT8 graph in TensorRT's encoding, run by ONNX Runtime: slow, and the same numbers."""
-    graphs = {"encoder": stages / "quantize" / "encoder.onnx", "decoder": bundle.graph("decoder")}
+    graphs = {"encoder": stages / "quantize-encoder" / "encoder.onnx", "decoder": bundle.graph("decoder")}
     with open_graphs(graphs, bundle, SessionOptions(), "onnxruntime") as predictor:
         yield predictor
 
@@ -100,7 +102,7 @@ def evaluate(recipe: Recipe, chosen: list[tuple[Path, Prompts]], images: Path, w
     results: dict[str, AccuracyResult] = {}
     for precision in PRECISIONS:
         folder = work / f"{recipe.name}-{precision}"
-        build(BuildOptions(recipe, load_target("cpu"), precision, folder))
+        build(BuildOptions(recipe, load_target("cpu"), precision, folder, backend="onnxruntime"))
         bundle = load_bundle(folder)
         with witness(bundle) as (predictor, name):
             results[precision] = compare(predictor, reference, images, name)

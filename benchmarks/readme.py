@@ -45,6 +45,30 @@ def agreement() -> list[str]:
     ]
 
 
+def precision() -> list[str]:
+    """What each way to INT8 costs in mask quality; FP32 is the row that the others lose against."""
+    result = read("precision")
+    sizes = ("small", "medium", "large")
+    header = ["reference model", "mask IoU with PyTorch", *sizes, "GT-box mIoU", "lost, points", *sizes]
+    rows = []
+    for row in result["rows"]:
+        iou, truth = row["agreement"], row["ground_truth"]
+        lost = [f"{truth['all']['drop_points']:.2f} ± {truth['all']['drop_standard_error']:.2f}"]
+        lost += [f"{truth[size]['drop_points']:.2f}" for size in sizes]
+        agreed = [f"{iou['mask_iou']['mean']:.4f} ± {iou['standard_error']:.4f}"]
+        agreed += [f"{iou['by_size'][size]['mean']:.4f}" for size in sizes]
+        rows.append([row["name"], *agreed, f"{truth['all']['miou']:.4f}", *lost])
+    first = result["rows"][0]["ground_truth"]
+    return [
+        f"**What INT8 costs**, {result['witness']}. Mask IoU with the same weights in PyTorch FP32 on "
+        f"{result['images']} images of COCO val and DAVIS, {result['images'] * result['prompts_per_image']} prompts; "
+        f"mIoU with the truth for the true boxes of {first['all']['count']} COCO val objects. ±: standard error over "
+        "images. Source: `benchmarks/results/cpu/precision.json`, `precision.py`.",
+        "",
+        *table(header, rows),
+    ]
+
+
 def speed() -> list[str]:
     result = read("speed")
     rows = [
@@ -65,6 +89,54 @@ def speed() -> list[str]:
         "",
         f"Process start to written mask with the shipped bundle: {processes['first_mask']['median_ms'] / 1000:.2f} s; "
         f"`sam-export --help`: {processes['help']['median_ms'] / 1000:.2f} s.",
+    ]
+
+
+def int8_speed() -> list[str]:
+    """Encoders on the CPU, every way to run them against samexporter's FP32."""
+    result = read("int8-speed")
+    rows = []
+    for name, encoder in result["encoders"].items():
+        for way, row in encoder["rows"].items():
+            speedup = row["speedup"]
+            ratio = f"{speedup['median']:.2f}× ({speedup['q1']:.2f}–{speedup['q3']:.2f})"
+            share = f"{100 * row['gop_per_s'] * 1e9 / result['int8_limit']['limit']:.0f} %" if "int8" in way else "–"
+            rows.append([name, way, f"{row['median_ms']:.0f}", ratio, share])
+    limit = result["int8_limit"]
+    return [
+        f"**Image encoders on {result['machine']}**, {result['threads']} threads, {result['runs']} alternating runs, "
+        "medians (quartiles of the ratio). The first row of each is the FP32 graph as samexporter exports it, on ONNX "
+        "Runtime with its default options; the others are ours. MobileSAM and NanoSAM's ResNet-18 in shape and size, "
+        "with random weights. The last column: operations against what the CPU's INT8 units could do "
+        f"({limit['unit'].replace('_', ' ')}: {limit['operations_per_cycle']} operations a cycle × "
+        f"{limit['clock_hz'] / 1e9:.1f} GHz × {limit['cores']} cores). Source: "
+        "`benchmarks/results/cpu/int8-speed.json`, `cpu_int8.py`.",
+        "",
+        *table(["encoder", "how", "ms", "faster by", "of the INT8 limit"], rows),
+    ]
+
+
+def searches() -> list[str]:
+    """What the precision search found, and how long it took."""
+    rows = []
+    for path in sorted((RESULTS.parent / "search").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        chosen, rest, blocks = found["chosen"], found["rest"], found["layers"]
+        everything = min(found["points"], key=lambda point: point["cost_ms"])
+        shown = [f"{rest['cost_ms'] / p['cost_ms']:.2f}× at {p['mask_iou']:.4f}" for p in (everything, chosen or rest)]
+        picked = f"{len(chosen['int8'])} of {len(blocks)} blocks" if chosen is not None else "none"
+        verdict = {"int8": picked, "keep": f"keep {found['rest_type']}", "unmet": "out of reach"}[found["verdict"]]
+        weights = "" if found["weights"] == "shipped" else " (random weights)"
+        minutes = f"{found['minutes']:.1f} ({found['evaluations']} × {found['images']} images)"
+        name, budget = path.stem + weights, f"{found['min_iou']:g}"
+        rows.append([name, found["cost_source"], budget, *shown, verdict, minutes])
+    header = ["recipe-target", "time from", "budget", "fastest tried", "chosen", "in INT8", "minutes"]
+    return [
+        "**The precision search**: speed against no INT8 at all, at the mask IoU on calibration images, for the "
+        "fastest assignment that was tried and for the fastest within the budget. Source: "
+        "`benchmarks/results/search/`, `search.py`.",
+        "",
+        *table(header, rows),
     ]
 
 
@@ -138,7 +210,8 @@ def main() -> None:
     text = path.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    lines = [BEGIN, "", *agreement(), "", *speed(), "", *parity(), "", *audit(), *quality(), "", END]
+    tables = (agreement, precision, searches, int8_speed, speed, parity, audit)
+    lines = [BEGIN, "", *(line for make in tables for line in (*make(), "")), *quality()[1:], "", END]
     updated = before + "\n".join(lines) + after
     if options.check:
         sys.exit(0 if updated == text else "README.md is out of date: run python benchmarks/readme.py")

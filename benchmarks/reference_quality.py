@@ -15,6 +15,7 @@ import datetime
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from edgesam_deploy.distill.data import decode_segmentation, tight_box
 from edgesam_deploy.files import sha256_file, write_json
 from edgesam_deploy.images import read_image
 from edgesam_deploy.masks import MASK_THRESHOLD, mask_iou
+from edgesam_deploy.measure.accuracy import size_class
 from edgesam_deploy.models.checkpoint import load_model
 from edgesam_deploy.models.session import reference_predictor
 from edgesam_deploy.predictor import Predictor
@@ -71,25 +73,28 @@ def main() -> None:
 
 def coco(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
     """GT boxes on coco-subset/val without crowds, by size and by the kind of annotation; and two baselines."""
-    folder = data / "coco-subset"
-    content = json.loads((folder / "instances_val.json").read_text("utf-8"))
     answers: dict[str, Ious] = defaultdict(lambda: defaultdict(list))
-    for info in content["images"]:
-        annotations = [a for a in content["annotations"] if a["image_id"] == info["id"] and not a["iscrowd"]]
-        truths = [decode_segmentation(a["segmentation"], info["height"], info["width"]) for a in annotations]
-        if not truths:
-            continue
-        predictor.set_image(read_image(folder / info["file_name"]))
+    for path, objects_in, truths in coco_objects(data, "val"):
+        predictor.set_image(read_image(path))
         ious = ask(predictor, truths, box=True)
         ious["filled box"] = [mask_iou(fill(t, ellipse=False), t) for t in truths]
         ious["inscribed ellipse"] = [mask_iou(fill(t, ellipse=True), t) for t in truths]
         for answer, values in ious.items():
-            for annotation, iou in zip(annotations, values, strict=True):
-                area = annotation["area"]
-                size = "small" if area < 32**2 else "medium" if area < 96**2 else "large"
-                for group in ("all", size, annotation["source"]):
+            for annotation, iou in zip(objects_in, values, strict=True):
+                for group in ("all", size_class(annotation["area"]), annotation["source"]):
                     answers[answer][group].append(iou)
     return [row("coco-subset", "val", "GT box", a, g, v) for a, groups in answers.items() for g, v in groups.items()]
+
+
+def coco_objects(data: Path, split: str) -> Iterator[tuple[Path, list[dict[str, Any]], list[Mask]]]:
+    """(image, annotations, their masks) for every image of coco-subset that has an object; crowds are left out."""
+    folder = data / "coco-subset"
+    content = json.loads((folder / f"instances_{split}.json").read_text("utf-8"))
+    for info in content["images"]:
+        annotations = [a for a in content["annotations"] if a["image_id"] == info["id"] and not a["iscrowd"]]
+        truths = [decode_segmentation(a["segmentation"], info["height"], info["width"]) for a in annotations]
+        if truths:
+            yield folder / info["file_name"], annotations, truths
 
 
 def bsds(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
@@ -144,7 +149,9 @@ def ask(predictor: Predictor, truths: list[Mask], box: bool) -> Ious:
             prompts = check_prompts(points, np.ones((len(chunk), 1)), None, (height, width))
         low_res, scores = predictor.decode(prompts)
         for truth, logits, score in zip(chunk, low_res, scores, strict=True):
-            masks = predictor.postprocess(logits[None], (height, width))[0] > MASK_THRESHOLD
+            # Upscaling is what takes the time: a box has one answer, the others are not looked at.
+            wanted = logits[:1] if box else logits
+            masks = predictor.postprocess(wanted[None], (height, width))[0] > MASK_THRESHOLD
             ious = [mask_iou(m, truth) for m in masks]
             if box:
                 result["single"].append(ious[0])

@@ -47,7 +47,7 @@ def encoders(threads: int, runs: int) -> dict[str, Any]:
         graphs = {}
         for precision in samples:
             output = Path(folder) / f"reference-{precision}"
-            build(BuildOptions(recipe, load_target("cpu"), precision, output))
+            build(BuildOptions(recipe, load_target("cpu"), precision, output, backend="onnxruntime"))
             graphs[precision] = output / "encoder.onnx"
         sessions = {name: open_session(path, options=SessionOptions(threads=threads)) for name, path in graphs.items()}
         for run in range(WARMUP + runs):

@@ -3,7 +3,7 @@
     encoder.onnx  decoder.onnx   the two graphs (contract.py)
     manifest.json                schema, hashes, origin, geometry, image constants, results
     verify/                      images and answers.npz, the PyTorch FP32 model's answers (measure.accuracy)
-    nodes.json                   kits only: what each node is meant to compute in (stages.typed_nodes)
+    nodes.json                   what each node is meant to compute in, and why (measure.explain)
     encoder.engine decoder.engine    plans, made by ``sam-export compile``; a bundle for a GPU without them is a *kit*
 
 ``load_bundle`` reads the manifest and compares every file's hash; what it returns was neither cut nor changed.
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from edgesam_deploy.contract import IMAGE_EMBEDDINGS, Geometry, GraphContract, TensorSpec, contracts
+from edgesam_deploy.contract import IMAGE_EMBEDDINGS, Geometry
 from edgesam_deploy.errors import BundleError, InputError, OutputError
 from edgesam_deploy.files import sha256_file
 from edgesam_deploy.recipe import PACKAGE, PRECISIONS, Pixels
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from edgesam_deploy.runtime import SessionOptions
     from edgesam_deploy.runtime.plans import EngineRecord
 
+T = TypeVar("T")
 SCHEMA = 1
 MANIFEST = "manifest.json"
 GRAPHS = ("encoder", "decoder")
@@ -42,13 +42,18 @@ CURE = "Build it again or copy it whole"
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A loaded, intact bundle. manifest: its JSON as it stands, for origin and results."""
+    """A loaded, intact bundle. manifest: its JSON as it stands, for origin and results.
+
+    backend: the encoder's. backends, bf16: of each graph, what runs it, and whether in bfloat16 (``runtime``).
+    """
 
     path: Path
     recipe: str
     precision: str
     target: str
     backend: str
+    backends: Mapping[str, str]
+    bf16: Mapping[str, bool]
     geometry: Geometry
     pixels: Pixels
     verified: bool
@@ -58,6 +63,34 @@ class Bundle:
     def compiled(self) -> bool:
         """Whether it runs as it is; a kit must be compiled on its device first."""
         return self.backend not in ENGINE_BACKENDS or self.manifest.get("engines") is not None
+
+    def on(self, backend: str | None = None, bf16: bool = False) -> Bundle:
+        """This bundle with both graphs on one CPU backend, or as it is. bf16: both in bfloat16; without it, those that
+        the bundle runs so on that very backend.
+
+        Raises InputError for another kind of backend, for a bundle of engines, and for bf16 on a backend without it.
+        """
+        from edgesam_deploy.runtime import BF16_BACKENDS, CPU_BACKENDS
+
+        if backend is None:
+            return self
+        if self.backend in ENGINE_BACKENDS or backend not in CPU_BACKENDS:
+            raise InputError(
+                f"a bundle for a CPU can be run on {' or '.join(CPU_BACKENDS)}, asked for was '{backend}'; "
+                f"{self.path} runs on {self.backend}"
+            )
+        if bf16 and backend not in BF16_BACKENDS:
+            raise InputError(f"{backend} does not compute in bf16: that is for {', '.join(BF16_BACKENDS)}")
+        kept = {name: self.bf16[name] and self.backends[name] == backend for name in GRAPHS}
+        return replace(self, backend=backend, backends=_each(backend), bf16=_each(True) if bf16 else kept)
+
+    @property
+    def runs_on(self) -> str:
+        """What computes, for people: one name, or each graph's where they differ."""
+        names = {name: f"{self.backends[name]}{' bf16' if self.bf16[name] else ''}" for name in GRAPHS}
+        if len(set(names.values())) == 1:
+            return names["encoder"]
+        return ", ".join(f"{backend} ({name})" for name, backend in names.items())
 
     def graph(self, name: str) -> Path:
         """The ONNX file of ``encoder`` or ``decoder``."""
@@ -74,23 +107,31 @@ class Bundle:
         cuda: str = "ctypes",
         cuda_graph: bool = False,
         embedding_on_device: bool = True,
+        backend: str | None = None,
     ) -> Iterator[Predictor]:
-        """A Predictor on this bundle's backend; sessions are freed on exit.
+        """A Predictor on this bundle's backends; sessions are freed on exit.
 
-        threads: CPU threads, None for all cores. For engines: cuda, cuda_graph as in ``runtime.SessionOptions``, the
-        graph is the encoder's; embedding_on_device: hand the embedding to the decoder without a copy. Raises
-        BundleError if a graph's inputs or outputs are not those of the contract, if this is a kit or its engines are
-        stale, and BackendError for engines of another machine.
+        threads: CPU threads, None for all cores. backend: another for both graphs, see ``on``. For engines: cuda,
+        cuda_graph as in ``runtime.SessionOptions``, the graph is the encoder's; embedding_on_device: hand the embedding
+        to the decoder without a copy. Raises BundleError if a graph's inputs or outputs are not those of the contract,
+        if this is a kit or its engines are stale, BackendError for engines of another machine, and MissingExtraError
+        where the backend is not installed.
         """
         from edgesam_deploy.runtime import SessionOptions
+        from edgesam_deploy.sessions import open_predictor
 
+        if backend is not None:
+            with self.on(backend).open(threads) as predictor:
+                yield predictor
+            return
         files, trusted = {name: self.graph(name) for name in GRAPHS}, False
         if self.backend in ENGINE_BACKENDS:
             trusted = self._check_engines(cuda).version_compatible
             files = {name: self.engine(name) for name in GRAPHS}
         stay = (IMAGE_EMBEDDINGS,) if embedding_on_device else ()
         options = SessionOptions(threads, cuda, cuda_graph, stay, host_code=trusted)
-        with open_graphs(files, self, options, self.backend) as predictor:
+        how = {name: (self.backends[name], replace(options, bf16=self.bf16[name])) for name in GRAPHS}
+        with open_predictor(files, how, self.geometry, self.pixels) as predictor:
             yield predictor
 
     def _check_engines(self, cuda: str) -> EngineRecord:
@@ -115,26 +156,15 @@ class Bundle:
 def open_graphs(
     graphs: Mapping[str, Path], bundle: Bundle, options: SessionOptions, backend: str
 ) -> Iterator[Predictor]:
-    """A Predictor on given ``encoder`` and ``decoder`` files with the bundle's geometry and pixels."""
-    from edgesam_deploy.predictor import Predictor
-    from edgesam_deploy.runtime import BACKENDS, open_session
+    """A Predictor on given ``encoder`` and ``decoder`` files with the bundle's geometry and pixels, on one backend."""
+    from edgesam_deploy.sessions import open_predictor
 
-    if backend not in BACKENDS:
-        raise BundleError(
-            f"bundle {bundle.path} is for the backend '{backend}', this version has {', '.join(BACKENDS)}: "
-            "upgrade edgesam-deploy"
-        )
-    expected = contracts(bundle.geometry)
-    with ExitStack() as stack:
-        sessions = {}
-        for name in GRAPHS:
-            # Prompts change their shape from call to call, so that a recorded graph pays for the encoder only; its
-            # embedding stays on the device, masks do not.
-            own = options if name == "encoder" else replace(options, cuda_graph=False, stay=())
-            session = stack.enter_context(open_session(graphs[name], backend, own))
-            _check_specs(session.specs(), expected[name], graphs[name])
-            sessions[name] = session
-        yield Predictor(sessions["encoder"], sessions["decoder"], bundle.geometry, bundle.pixels)
+    with open_predictor(graphs, _each((backend, options)), bundle.geometry, bundle.pixels) as predictor:
+        yield predictor
+
+
+def _each(value: T) -> dict[str, T]:
+    return dict.fromkeys(GRAPHS, value)
 
 
 def shipped_bundle() -> Path:
@@ -198,13 +228,34 @@ def parse_manifest(manifest: Mapping[str, Any], folder: Path) -> Bundle:
             precision=str(manifest["precision"]),
             target=str(manifest["target"]),
             backend=str(manifest["backend"]),
+            backends=_backends(manifest),
+            bf16=_per_graph(manifest, "bf16", False),
             geometry=Geometry(**manifest["geometry"]),
             pixels=Pixels(mean=tuple(pixels["mean"]), std=tuple(pixels["std"])),
             verified=bool(manifest["verified"]),
             manifest=manifest,
         )
-    except (KeyError, TypeError, InputError) as error:
+    except (KeyError, TypeError, ValueError, InputError) as error:
         raise BundleError(f"{folder / MANIFEST} lacks or garbles an entry: {error}. Build the bundle again") from error
+
+
+def _per_graph(manifest: Mapping[str, Any], entry: str, default: T) -> dict[str, T]:
+    """An optional entry with a value for each graph; the default for those that it leaves out."""
+    values = {**_each(default), **dict(manifest.get(entry) or {})}
+    if set(values) != set(GRAPHS) or not all(isinstance(v, type(default)) for v in values.values()):
+        raise InputError(f"'{entry}' must be of {type(default).__name__} for {' and '.join(GRAPHS)}, is {values}")
+    return values
+
+
+def _backends(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What runs each graph: ``backend`` the encoder, and both where nothing else is said or it runs engines."""
+    backend = str(manifest["backend"])
+    if backend in ENGINE_BACKENDS:
+        return _each(backend)
+    backends = _per_graph(manifest, "graph_backends", backend)
+    if backends["encoder"] != backend or backends["decoder"] in ENGINE_BACKENDS:
+        raise InputError(f"'backend' {backend} does not go with 'graph_backends' {backends}")
+    return backends
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -235,21 +286,3 @@ def _check_entries(manifest: Mapping[str, Any], path: Path) -> None:
     threshold = manifest.get("min_mask_iou")
     if not isinstance(threshold, int | float) or not 0.0 <= threshold <= 1.0:
         raise BundleError(f"{path}: min_mask_iou must be a number in 0..1, is {threshold!r}. Build the bundle again")
-
-
-def _check_specs(found: GraphContract, expected: GraphContract, graph: Path) -> None:
-    """Raise BundleError naming the first tensor that the manifest's geometry does not explain."""
-    pairs = zip_longest((*expected.inputs, *expected.outputs), (*found.inputs, *found.outputs))
-    for want, have in pairs:
-        if want is None or have is None or not _same(want, have):
-            raise BundleError(
-                f"{graph} has other inputs or outputs than {MANIFEST} says: expected {want}, found {have}. "
-                "Build the bundle again"
-            )
-
-
-def _same(want: TensorSpec, have: TensorSpec) -> bool:
-    """Equal but for the names of dynamic axes, which a plan does not keep."""
-    return (want.name, want.dtype, len(want.shape)) == (have.name, have.dtype, len(have.shape)) and all(
-        a == b or (isinstance(a, str) and isinstance(b, str)) for a, b in zip(want.shape, have.shape, strict=True)
-    )

@@ -58,6 +58,8 @@ MODULES = {
     "p3701-0008": ("agx-orin-64gb", ""),
     "p3834-0008": ("thor", ""),
 }
+# What decides how fast a CPU runs INT8 and bfloat16, as /proc/cpuinfo calls it; on x86 and on Arm.
+CPU_FEATURES = ("avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
 # cuda.h: CUdevice_attribute.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
@@ -111,6 +113,13 @@ def examine_machine(root: Path = Path("/"), library: str = "libcuda.so.1") -> Ma
         os=f"{platform.system()} {platform.machine()}",
         **gpus,
     )
+
+
+def cpu_features(root: Path = Path("/")) -> tuple[str, ...] | None:
+    """Those of CPU_FEATURES that this CPU has; None where the system does not tell."""
+    lines = _read(root / "proc/cpuinfo").splitlines()
+    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    return tuple(name for name in CPU_FEATURES if name in flags) if flags else None
 
 
 def parse_l4t(release: str) -> str | None:

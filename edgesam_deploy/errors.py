@@ -68,12 +68,12 @@ class BackendError(EdgeSAMError):
 
 
 class MissingExtraError(EdgeSAMError):
-    """An optional dependency is missing; the message carries the command that installs it."""
+    """An optional dependency is missing; the message carries the command that installs it, and another way if any."""
 
-    def __init__(self, module: str, extra: str) -> None:
+    def __init__(self, module: str, extra: str, otherwise: str = "") -> None:
         super().__init__(
             f"this needs the Python package '{module}', which is not installed: "
-            f"run  pip install 'edgesam-deploy[{extra}]'"
+            f"run  pip install 'edgesam-deploy[{extra}]'{', or ' if otherwise else ''}{otherwise}"
         )
         self.module = module
         self.extra = extra

@@ -48,7 +48,7 @@ class Predictor:
     """Runs an encoder and a decoder session behind ``set_image`` and ``predict``.
 
     The sessions stay the caller's: enter them before, leave them after. Not thread-safe (``set_image`` keeps
-    state): use one Predictor per thread. ONNX Runtime sessions may be shared between them, engine sessions may not.
+    state): use one Predictor per thread. Sessions of the CPU may be shared between them, engine sessions may not.
     """
 
     def __init__(self, encoder: Session, decoder: Session, geometry: Geometry, pixels: Pixels) -> None:

@@ -27,6 +27,8 @@ else:  # Python 3.10: JetPack 6
 
 PACKAGE = Path(__file__).resolve().parent
 PRECISIONS = ("fp32", "fp16", "int8")
+CALIBRATORS = ("minmax", "entropy", "percentile")
+RESIDUAL_ADDS = ("none", "conv", "all")
 _TABLES = ("name", "summary", "model", "checkpoint", "geometry", "pixels", "export", "precision", "verify")
 
 
@@ -94,22 +96,50 @@ class PrecisionRules:
 class Int8Rules:
     """How INT8 is calibrated and where Q/DQ goes; see ``stages.quantize``.
 
-    keep: as in PrecisionRules. depthwise: quantize grouped convolutions too.
-    percentile: share of |activations| that the scale covers; the rest saturates. equalize: even out the channels of
-    neighbouring convolutions first (``stages.equalize``), for models in which some are far larger than others.
+    Defaults, then what the target says (``[int8]`` in its TOML), then what the recipe says (``[precision.int8]``):
+    ``target.int8_rules``.
+
+    keep: as in PrecisionRules. calibrator: how a scale is chosen from the |x| that calibration saw, "minmax" (the
+    largest), "entropy" (least Kullback-Leibler divergence) or "percentile" (the share, in percent, that it covers; the
+    rest saturates). equalize: even out the channels of neighbouring convolutions first (``stages.equalize``), for
+    models in which some are far larger than others. bias_correction: take the mean error of every INT8 layer of the
+    encoder out again by its bias (``stages.bias_correction``); costs a pass over some images per layer.
+
+    Which layers besides ordinary convolutions and products with a weight: depthwise (grouped convolutions),
+    conv_transpose, attention (products of two activations). residual_add: which additions read INT8: "none"; "conv",
+    where convolutional branches meet; "all", those of a transformer's residual stream too, which is known to collapse.
     """
 
     keep: tuple[str, ...] = ()
-    depthwise: bool = True
+    calibrator: str = "percentile"
     percentile: float = 99.99
     equalize: bool = False
+    bias_correction: bool = False
+    depthwise: bool = True
+    conv_transpose: bool = False
+    attention: bool = False
+    residual_add: str = "conv"
 
     def __post_init__(self) -> None:
         _check_keep(self.keep)
-        if not 50.0 < self.percentile <= 100.0:
-            raise RecipeError(f"precision.int8.percentile must be in (50, 100], got {self.percentile}")
-        if not isinstance(self.equalize, bool):
-            raise RecipeError(f"precision.int8.equalize must be true or false, got {self.equalize!r}")
+        number = isinstance(self.percentile, int | float) and not isinstance(self.percentile, bool)
+        if not number or not 50.0 < self.percentile <= 100.0:
+            raise RecipeError(f"precision.int8.percentile must be a number in (50, 100], got {self.percentile!r}")
+        for name in ("equalize", "bias_correction", "depthwise", "conv_transpose", "attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"precision.int8.{name} must be true or false, got {getattr(self, name)!r}")
+        for name, known in (("calibrator", CALIBRATORS), ("residual_add", RESIDUAL_ADDS)):
+            if getattr(self, name) not in known:
+                raise RecipeError(f"precision.int8.{name} must be one of {known}, got {getattr(self, name)!r}")
+
+
+def int8_rules(*layers: Mapping[str, Any]) -> Int8Rules:
+    """Rules from TOML tables, a later one before an earlier one. Raises RecipeError for an unknown or wrong entry."""
+    entries: dict[str, Any] = {}
+    for layer in layers:
+        entries |= layer
+    rules: Int8Rules = _build(Int8Rules, entries)
+    return rules
 
 
 def _check_keep(keep: object) -> None:
@@ -124,7 +154,10 @@ def _check_keep(keep: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One model, from checkpoint to thresholds. ``digest`` identifies its content."""
+    """One model, from checkpoint to thresholds. ``digest`` identifies its content.
+
+    int8_entries: what the recipe itself says of INT8; the rest is the target's, or the default (``int8_rules``).
+    """
 
     name: str
     summary: str
@@ -135,7 +168,7 @@ class Recipe:
     pixels: Pixels
     opset: int
     fp16: PrecisionRules
-    int8: Int8Rules
+    int8_entries: Mapping[str, Any]
     min_mask_iou: Mapping[str, float]
     digest: str = field(compare=False)
 
@@ -151,6 +184,12 @@ class Recipe:
                 raise RecipeError(
                     f"recipe {self.name}: verify.min_mask_iou.{precision} must be a number in 0..1, got {value!r}"
                 )
+        int8_rules(self.int8_entries)
+
+    @property
+    def int8(self) -> Int8Rules:
+        """The recipe's rules with defaults for what it leaves open, and no target's."""
+        return int8_rules(self.int8_entries)
 
 
 def data_folder(kind: str) -> Path:
@@ -210,7 +249,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
             pixels=_build(Pixels, raw["pixels"]),
             opset=int(raw["export"]["opset"]),
             fp16=_build(PrecisionRules, precision.get("fp16", {})),
-            int8=_build(Int8Rules, precision.get("int8", {})),
+            int8_entries=dict(precision.get("int8", {})),
             min_mask_iou=dict(raw["verify"]["min_mask_iou"]),
             digest=_digest(raw),
         )

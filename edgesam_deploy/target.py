@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from edgesam_deploy.errors import RecipeError, TargetError
-from edgesam_deploy.recipe import PRECISIONS, data_folder, read_toml
+from edgesam_deploy.recipe import PRECISIONS, Int8Rules, Recipe, data_folder, int8_rules, read_toml
 
 ENCODINGS = ("cpu", "tensorrt")
+# What nodes that are not INT8 compute in, beside those that are.
+RESTS = ("fp32", "fp16")
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 # What a device states, and therefore what its sources must cover, no more and no less.
 FIGURES = (
@@ -107,7 +109,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """backend: the runtime that runs its bundles. int8_encoding: how INT8 is written for it (design of Q/DQ).
+    """backend: the runtime that runs its bundles. int8_encoding: how INT8 is written for it (``stages.cpu_encoding``).
+
+    int8_rest: what computes beside INT8. int8: what INT8 may touch on it, entries of ``recipe.Int8Rules``; a recipe's
+    own go before them (``rules_for``).
 
     precision: what is built unless another is asked for. tensorrt_min (included) and tensorrt_below (not included):
     the versions of TensorRT, or of TensorRT for RTX where that is the backend. workspace_mb: scratch memory that the
@@ -119,6 +124,8 @@ class Target:
     backend: str
     int8_encoding: str
     precision: str
+    int8_rest: str = "fp32"
+    int8: Mapping[str, Any] = field(default_factory=dict)
     tensorrt_min: str | None = None
     tensorrt_below: str | None = None
     workspace_mb: int | None = None
@@ -128,9 +135,21 @@ class Target:
 
     def __post_init__(self) -> None:
         what = f"target {self.name}"
-        for name, known in (("int8_encoding", ENCODINGS), ("backend", BACKENDS), ("precision", PRECISIONS)):
+        known_values = {
+            "int8_encoding": ENCODINGS,
+            "int8_rest": RESTS,
+            "backend": BACKENDS,
+            "precision": PRECISIONS,
+        }
+        for name, known in known_values.items():
             if getattr(self, name) not in known:
                 raise TargetError(f"{what}: {name} must be one of {known}, got {getattr(self, name)!r}")
+        if not isinstance(self.int8, Mapping):
+            raise TargetError(f"{what}: int8 must be a table of rules, got {self.int8!r}")
+        try:
+            int8_rules(self.int8)
+        except RecipeError as error:
+            raise TargetError(f"{what}: {error}") from error
         if not isinstance(self.notes, tuple) or not all(isinstance(note, str) for note in self.notes):
             raise TargetError(f"{what}: notes must be a list of sentences, got {self.notes!r}")
         if self.backend == "onnxruntime":
@@ -154,6 +173,10 @@ class Target:
     def compute_capabilities(self) -> tuple[str, ...]:
         """Those of its devices, ascending, each once."""
         return tuple(sorted({d.compute_capability for d in self.devices}, key=version_key))
+
+    def rules_for(self, recipe: Recipe) -> Int8Rules:
+        """What INT8 may touch of a recipe's model on this target: the target's rules, and the recipe's before them."""
+        return int8_rules(self.int8, recipe.int8_entries)
 
     def accepts_tensorrt(self, version: str) -> bool:
         """Whether a TensorRT version, as ``10.3.0.30``, is in the target's range. Raises TargetError for no version."""

@@ -19,6 +19,8 @@ def tiny_recipe_text() -> str:
     for name, value in (("image_size", TINY_SIZE), ("prompt_size", TINY_SIZE), ("embedding_size", TINY_SIZE // 16)):
         before = next(line for line in text.splitlines() if line.startswith(f"{name} ="))
         text = text.replace(before, f"{name} = {value}")
+    # Without its INT8 rules: correcting biases takes a pass per layer, and tests make their own.
+    text = "\n\n".join(part for part in text.split("\n\n") if "[precision.int8]" not in part)
     return text.replace('name = "reference"', 'name = "tiny"')
 
 
@@ -45,7 +47,7 @@ def built(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Simple
     from edgesam_deploy.target import load_target
 
     output = tmp_path_factory.mktemp("engines") / "tiny-int8"
-    result = build(BuildOptions(load_recipe(tiny_recipe), load_target("cpu"), "int8", output))
+    result = build(BuildOptions(load_recipe(tiny_recipe), load_target("cpu"), "int8", output, backend="onnxruntime"))
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
     return SimpleNamespace(
         bundle=output, stages=output.parent / ".stages" / output.name, result=result, manifest=manifest

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from edgesam_deploy.bundle import ANSWERS, MANIFEST, SCHEMA, check_replaceable, load_bundle
-from edgesam_deploy.errors import BundleError, EdgeSAMError, OutputError
+from edgesam_deploy.errors import BundleError, EdgeSAMError, InputError, MissingExtraError, OutputError
 from edgesam_deploy.files import sha256_file
 from edgesam_deploy.stages.verify import verify
 
@@ -177,6 +179,12 @@ GARBLED: dict[str, tuple[Callable[[Manifest], None], str]] = {
     "no-precision": (drop("precision"), "lacks or garbles an entry: 'precision'"),
     "unknown-precision": (put("precision", value="int4"), "unknown precision 'int4'"),
     "no-backend": (drop("backend"), "lacks or garbles an entry: 'backend'"),
+    "graph-backends-text": (put("graph_backends", value="openvino"), "lacks or garbles an entry"),
+    "graph-backends-more": (put("graph_backends", value={"neck": "openvino"}), "'graph_backends' must be of str"),
+    "graph-backends-number": (put("graph_backends", value={"decoder": 7}), "'graph_backends' must be of str"),
+    "graph-backends-of-another": (put("graph_backends", value={"encoder": "openvino"}), "does not go with"),
+    "graph-backends-mixed": (put("graph_backends", value={"decoder": "tensorrt"}), "does not go with"),
+    "bf16-text": (put("bf16", value={"encoder": "yes"}), "'bf16' must be of bool for encoder and decoder"),
     "no-target": (drop("target"), "lacks or garbles an entry: 'target'"),
     "no-recipe": (drop("recipe"), "lacks or garbles an entry: 'recipe'"),
     "recipe-text": (put("recipe", value="tiny"), "lacks or garbles an entry"),
@@ -247,12 +255,90 @@ def test_the_graphs_of_a_bundle_are_not_exchanged_unseen(copy: Path) -> None:
 
 def test_a_backend_that_this_version_has_not(copy: Path) -> None:
     edit(copy, put("backend", value="quantum"))
+    edit(copy, put("graph_backends", value=None))
     bundle = load_bundle(copy)
     with (
         pytest.raises(BundleError, match=r"for the backend 'quantum', this version has onnxruntime.*: upgrade"),
         bundle.open(),
     ):
         pytest.fail("the bundle opened")
+
+
+def on(encoder: str, decoder: str, bf16: bool = False) -> Callable[[Manifest], object]:
+    """A change that runs each graph on a backend. bf16: the encoder's."""
+    backends = {"encoder": encoder, "decoder": decoder}
+    return lambda m: m.update(backend=encoder, graph_backends=backends, bf16={"encoder": bf16, "decoder": False})
+
+
+def test_a_manifest_of_before_runs_both_graphs_on_its_backend(copy: Path) -> None:
+    edit(copy, lambda m: [m.pop(name, None) for name in ("graph_backends", "bf16")])
+    bundle = load_bundle(copy)
+    assert bundle.backends == {"encoder": "onnxruntime", "decoder": "onnxruntime"}
+    assert bundle.bf16 == {"encoder": False, "decoder": False}
+    assert bundle.runs_on == "onnxruntime"
+
+
+def test_each_graph_runs_on_its_backend(copy: Path) -> None:
+    if find_spec("openvino") is None:
+        pytest.skip("needs the extra openvino")
+    edit(copy, on("openvino", "onnxruntime"))
+    bundle = load_bundle(copy)
+    assert (bundle.backend, bundle.runs_on) == ("openvino", "openvino (encoder), onnxruntime (decoder)")
+    with bundle.open(threads=1) as predictor:
+        kinds = {type(session).__name__ for session in (predictor.encoder, predictor.decoder)}
+        assert kinds == {"OpenVINOSession", "OnnxRuntimeSession"}
+        predictor.set_image(np.full((30, 50, 3), 127, dtype=np.uint8))
+        assert predictor.predict([[10, 10]], [1]).masks.shape == (3, 30, 50)
+    with bundle.open(threads=1, backend="onnxruntime") as predictor:
+        assert type(predictor.encoder).__name__ == "OnnxRuntimeSession"
+    result = verify(bundle, threads=1)
+    assert result.witness == bundle.runs_on
+    # INT8 on the backend that runs it: not the recorded number to the last digit, but as good.
+    assert result.mask_iou.mean == pytest.approx(bundle.manifest["results"]["mask_iou"]["mean"], abs=0.01)
+
+
+def test_another_backend_takes_no_bf16_along(copy: Path) -> None:
+    edit(copy, on("openvino", "onnxruntime", bf16=True))
+    bundle = load_bundle(copy)
+    assert bundle.runs_on == "openvino bf16 (encoder), onnxruntime (decoder)"
+    assert bundle.on("openvino").runs_on == "openvino bf16 (encoder), openvino (decoder)"
+    assert bundle.on("onnxruntime").runs_on == "onnxruntime"
+    assert bundle.on("openvino", bf16=True).runs_on == "openvino bf16"
+    assert bundle.on(None) is bundle
+
+
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "engines": ({"backend": "tensorrt"}, "can be run on onnxruntime or openvino, asked for was 'tensorrt'"),
+    "unknown": ({"backend": "tpu"}, "can be run on onnxruntime or openvino, asked for was 'tpu'"),
+    "bf16": ({"backend": "onnxruntime", "bf16": True}, "onnxruntime does not compute in bf16"),
+}
+
+
+@pytest.mark.parametrize(("asked", "says"), OTHER.values(), ids=OTHER)
+def test_backends_that_a_bundle_cannot_be_run_on(built: SimpleNamespace, asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load_bundle(built.bundle).on(**asked)
+
+
+def test_a_bundle_of_engines_runs_on_nothing_else(copy: Path) -> None:
+    edit(copy, put("backend", value="tensorrt"))
+    with pytest.raises(InputError, match=r"a bundle for a CPU can be run on .* runs on tensorrt$"):
+        load_bundle(copy).on("openvino")
+
+
+def test_openvino_that_is_missing_names_both_ways_out(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(copy, on("openvino", "onnxruntime"))
+    for name in ("edgesam_deploy.runtime.openvino", "openvino"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError) as caught, load_bundle(copy).open(threads=1):
+        pytest.fail("the bundle opened")
+    assert str(caught.value) == (
+        "this needs the Python package 'openvino', which is not installed: run  "
+        "pip install 'edgesam-deploy[openvino]', or run the same graphs with  --backend onnxruntime"
+    )
+    with load_bundle(copy).open(threads=1, backend="onnxruntime") as predictor:
+        assert type(predictor.decoder).__name__ == "OnnxRuntimeSession"
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph at all"], ids=["empty", "text"])

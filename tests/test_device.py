@@ -15,6 +15,7 @@ from edgesam_deploy.device import (
     Machine,
     _query_driver,
     choose_target,
+    cpu_features,
     examine_machine,
     find_jetpack,
     parse_l4t,
@@ -297,3 +298,25 @@ def test_the_target_that_fits(machine: Machine, name: str, why: str) -> None:
     assert why in reason
     assert reason.endswith(".")
     assert len(reason.splitlines()) == 1
+
+
+FEATURES = {
+    "x86": (
+        "model name\t: x\nflags\t\t: fpu avx512_vnni amx_int8 avx512_bf16\n",
+        ("avx512_vnni", "avx512_bf16", "amx_int8"),
+    ),
+    "arm": ("Features\t: fp asimd asimddp i8mm bf16\n", ("asimddp", "i8mm", "bf16")),
+    "old": ("flags\t\t: fpu avx2\n", ()),
+    "silent": ("processor\t: 0\n", None),
+    "nothing": (None, None),
+}
+
+
+@pytest.mark.parametrize(("cpuinfo", "features"), FEATURES.values(), ids=FEATURES)
+def test_what_a_cpu_has_for_int8_and_bf16(
+    tmp_path: Path, cpuinfo: str | None, features: tuple[str, ...] | None
+) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc" / "cpuinfo").write_text(cpuinfo)
+    assert cpu_features(tmp_path) == features

@@ -17,8 +17,9 @@ PHOTO = PACKAGE / "assets" / "photos" / "verify" / "duck.jpg"
 
 # What may be loaded, besides the standard library and ourselves, before a command does its work.
 FREE = {"click", "numpy"}
-# What a device has: the base install and one backend (and what these bring along).
+# What a device has: the base install and the backends of its CPU (and what these bring along).
 ON_A_DEVICE = {"click", "numpy", "PIL", "rich", "pygments", "markdown_it", "mdurl", "onnxruntime", "tomli"}
+ON_A_DEVICE |= {"openvino", "packaging"}
 # What only exporting and quantizing may load.
 HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "onnxslim", "segment_anything", "scipy"}
 
@@ -77,6 +78,7 @@ COMMANDS = {
     "predict-box": ["predict", str(PHOTO), "--box", "10,10,300,300", "--save-mask", "out.png", "--bundle", "{bundle}"],
     "verify": ["verify", "{bundle}"],
     "bench": ["bench", "{bundle}", "--runs", "1", "--warmup", "0"],
+    "explain": ["explain", "{bundle}", "--html", "page.html"],
     "models": ["models"],
     "targets": ["targets"],
     "doctor": ["doctor"],
@@ -111,6 +113,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distill", "stages"),
     ("measure", "models"),
     ("bundle", "overlay"),  # a bundle opens itself: it knows the runtime and the predictor, not they it
+    ("sessions",),
     ("predictor",),
     ("runtime",),
     ("device", "masks", "prompts"),
@@ -174,7 +177,19 @@ def test_imports_go_down_only(name: str) -> None:
 
 
 # All that a device runs.
-LIGHT = ("runtime", "predictor", "overlay", "bundle", "masks", "prompts", "transforms", "images", "recipe", "target")
+LIGHT = (
+    "runtime",
+    "predictor",
+    "sessions",
+    "overlay",
+    "bundle",
+    "masks",
+    "prompts",
+    "transforms",
+    "images",
+    "recipe",
+    "target",
+)
 LIGHT += ("device", "download", "files", "contract", "errors", "measure")
 # module -> what it must not import
 FORBIDDEN = dict.fromkeys(LIGHT, HEAVY) | {"cli": HEAVY | {"PIL", "rich"}}

@@ -41,6 +41,11 @@ def test_padding_is_the_colour_that_normalises_closest_to_zero() -> None:
         ("[export]", "[export", "not valid TOML"),
         ("[export]", "[exports]", "unknown entries ['exports'] for recipe"),
         ("sha256 = ", 'sha256 = "zz" #', "64 lower-case hex digits"),
+        ("[export]", '[precision.int8]\ncalibrator = "best"\n[export]', "calibrator must be one of"),
+        ("[export]", '[precision.int8]\nresidual_add = "some"\n[export]', "residual_add must be one of"),
+        ("[export]", "[precision.int8]\nattention = 1\n[export]", "attention must be true or false"),
+        ("[export]", "[precision.int8]\npercentile = true\n[export]", "percentile must be a number in (50, 100]"),
+        ("[export]", "[precision.int8]\ndeptwise = true\n[export]", "unknown entries ['deptwise']"),
         ("file = ", 'url = "http://127.0.0.1/x"\nfile = ', "exactly one of"),
     ],
 )
@@ -53,6 +58,16 @@ def test_wrong_recipes_are_refused(tiny_recipe: Path, tmp_path: Path, old: str, 
         load_recipe(path)
     assert message in str(caught.value)
     assert "wrong.toml" in str(caught.value)
+
+
+def test_rules_come_from_defaults_then_the_target_then_the_recipe(tiny_recipe: Path, tmp_path: Path) -> None:
+    text = tiny_recipe.read_text(encoding="utf-8")
+    (tmp_path / "own.toml").write_text(f"{text}\n[precision.int8]\ndepthwise = true\n", encoding="utf-8")
+    plain, own = load_recipe(tiny_recipe), load_recipe(tmp_path / "own.toml")
+    rtx, cpu = load_target("rtx"), load_target("cpu")
+    assert rtx.int8 == {"depthwise": False}
+    assert [t.rules_for(r).depthwise for t in (cpu, rtx) for r in (plain, own)] == [True, True, False, True]
+    assert (rtx.int8_rest, cpu.int8_rest) == ("fp16", "fp32")
 
 
 def test_comments_do_not_change_the_digest_and_values_do(tiny_recipe: Path, tmp_path: Path) -> None:

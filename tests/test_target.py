@@ -155,6 +155,9 @@ def release(**changes: Any) -> dict[str, Any]:
 
 
 WRONG = {
+    "wrong-rule": (spoilt(int8={"depthwise": "no"}), "precision.int8.depthwise must be true or false"),
+    "wrong-rules": (spoilt(int8="none"), "int8 must be a table"),
+    "wrong-rest": (spoilt(int8_rest="bf8"), "int8_rest must be one of"),
     "unknown-entry": (spoilt(workspace_gb=1), "unknown entries ['workspace_gb'] for target"),
     "unknown-device-entry": (spoilt_device(tdp_w=7), "unknown entries ['tdp_w'] for device"),
     "unknown-mode-entry": (

@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgesam_deploy.cli.terminal import json_option, plain, print_json, print_table, say, threads_option, track
+from edgesam_deploy.cli.terminal import (
+    backend_option,
+    json_option,
+    plain,
+    print_json,
+    print_table,
+    say,
+    threads_option,
+    track,
+)
 
 if TYPE_CHECKING:
     from edgesam_deploy.bundle import Bundle
     from edgesam_deploy.measure.bench import BenchResult
+    from edgesam_deploy.measure.compare import BackendRow, CompareResult
     from edgesam_deploy.measure.engine_latency import EngineLatencyOptions
 
 NOISY_CV = 0.1
@@ -33,6 +43,8 @@ NOISY_CV = 0.1
 @click.option("--cuda-graph/--no-cuda-graph", default=None, help="Launch the encoder as a recorded CUDA graph.")
 @click.option("--spin-wait/--no-spin-wait", default=None, help="Engines: the host asks instead of sleeping.")
 @click.option("--export-times", type=click.Path(path_type=Path), help="Folder for each engine's times, as trtexec's.")
+@backend_option
+@click.option("--compare", is_flag=True, help="Time both graphs on every CPU backend, in turn, and measure the masks.")
 @threads_option
 @json_option
 def command(
@@ -46,6 +58,8 @@ def command(
     cuda_graph: bool | None,
     spin_wait: bool | None,
     export_times: Path | None,
+    backend: str | None,
+    compare: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -58,14 +72,20 @@ def command(
     from edgesam_deploy.measure.bench import BenchOptions, bench
     from edgesam_deploy.recipe import PACKAGE
 
-    loaded = load_bundle(bundle or shipped_bundle())
+    if compare and (backend is not None or export_times is not None):
+        raise click.UsageError("--compare runs every CPU backend: leave out --backend and --export-times")
+    loaded = load_bundle(bundle or shipped_bundle()).on(backend)
+    photo = image or PACKAGE / "assets" / "photos" / "verify" / "duck.jpg"
+    if compare:
+        _compare(loaded, photo, runs, warmup, threads, as_json)
+        return
     if export_times is not None:
         _check_export(loaded, export_times)
     given = {"transfers": transfers, "cuda_graph": cuda_graph, "spin_wait": spin_wait}
     options = BenchOptions(runs, warmup, threads, cuda, _engine_options(int(like_trtexec), given))
     result = bench(
         loaded,
-        image or PACKAGE / "assets" / "photos" / "verify" / "duck.jpg",
+        photo,
         options,
         lambda items: track("bench", items, runs + warmup),
     )
@@ -92,6 +112,40 @@ def answer(result: BenchResult) -> dict[str, Any]:
         "device_memory_bytes": result.device_memory_bytes,
     }
     return {**plain(result.parts), **rest}
+
+
+def _compare(bundle: Bundle, photo: Path, runs: int, warmup: int, threads: int | None, as_json: bool) -> None:
+    from edgesam_deploy.images import read_image
+    from edgesam_deploy.measure.compare import CompareOptions, compare_backends
+
+    options = CompareOptions(runs, warmup, threads)
+    result = compare_backends(bundle, read_image(photo), options, lambda items: track("bench", items, runs + warmup))
+    if as_json:
+        print_json(result)
+        return
+    measured = f"mask IoU on {result.images} images" if result.images else "mask IoU"
+    print_table(
+        f"{result.bundle} ({result.precision}), {result.threads} threads, {result.machine}, median (p90) in ms",
+        ("backend", "encoder", "of the first", "decoder", "of the first", measured),
+        [_compared(row) for row in result.rows],
+    )
+    _tell(result)
+
+
+def _compared(row: BackendRow) -> tuple[str, ...]:
+    times = [row.graphs.get(name) for name in ("encoder", "decoder")]
+    cells = [(f"{t.median_ms:.2f} ({t.p90_ms:.2f})", f"{t.ratio:.2f}") if t else ("–", "–") for t in times]
+    iou = "–" if row.mask_iou is None else f"{row.mask_iou.mean:.4f}"
+    return (row.label, *(cell for pair in cells for cell in pair), iou)
+
+
+def _tell(result: CompareResult) -> None:
+    for row in result.rows:
+        if row.note is not None:
+            click.echo(f"{row.label}: {row.note}")
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    click.echo(f"{result.runs} runs in turn after {result.warmup} for warm-up, {versions}")
+    click.echo(f"the bundle itself runs on {result.runs_on}")
 
 
 def _engine_options(major: int, given: dict[str, bool | None]) -> EngineLatencyOptions:

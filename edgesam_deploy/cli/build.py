@@ -16,6 +16,10 @@ from edgesam_deploy.cli.terminal import json_option, plain, print_json, print_ta
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights (.pt). Default: the recipe's own.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="Folder of at least 32 images. Default: shipped.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of images to verify on. Default: shipped.")
+@click.option("--min-iou", type=click.FloatRange(0, 1, min_open=True), help="Mask IoU to reach. Default: the recipe's.")
+@click.option("--search", is_flag=True, help="int8: find the fastest choice of INT8 layers that reaches it.")
+@click.option("--backend", default="auto", show_default=True, help="CPU targets: auto (the faster one), or its name.")
+@click.option("--bf16", is_flag=True, help="CPU targets: let floats be bfloat16 where the CPU has it and gains by it.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: engines/TARGET/RECIPE-PRECISION.")
 @click.option("--force", is_flag=True, help="Redo stages that are up to date.")
 @json_option
@@ -26,6 +30,10 @@ def command(
     checkpoint: Path | None,
     calibration: Path | None,
     images: Path | None,
+    min_iou: float | None,
+    search: bool,
+    backend: str,
+    bf16: bool,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -41,8 +49,23 @@ def command(
     check_replaceable(folder)
     try:
         from edgesam_deploy.stages.build import BuildOptions, build
+        from edgesam_deploy.stages.sensitivity import TuneOptions
 
-        options = BuildOptions(loaded, device, precision, folder, checkpoint, calibration, images, force)
+        chosen = None if backend == "auto" else backend
+        options = BuildOptions(
+            loaded,
+            device,
+            precision,
+            folder,
+            checkpoint,
+            calibration,
+            images,
+            force,
+            min_iou,
+            TuneOptions(min_iou=min_iou, backend=chosen) if search else None,
+            chosen,
+            bf16,
+        )
         result = build(options, track)
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
@@ -67,8 +90,8 @@ def command(
     if not result.passed:
         raise ThresholdError(
             f"mask IoU {result.accuracy.mask_iou.mean:.4f} is below the threshold {result.min_mask_iou:g} of recipe "
-            f"'{loaded.name}' for {precision}; the bundle is marked unverified. Calibrate on images like yours "
-            "(--calibration), or keep sensitive layers in FP32 (precision.int8.keep in the recipe)"
+            f"'{loaded.name}' for {precision}; the bundle is marked unverified. Let a search keep what INT8 harms "
+            "(--search), calibrate on images like yours (--calibration), or name layers in precision.int8.keep"
         )
 
 

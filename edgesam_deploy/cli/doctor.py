@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +12,7 @@ from edgesam_deploy.cli.terminal import json_option, print_json, print_table
 # What the user wants to do -> the packages it takes, and the command that brings them.
 ABILITIES = (
     ("run bundles on the CPU", ("onnxruntime",), "pip install 'edgesam-deploy[cpu]'"),
+    ("run them on OpenVINO, often faster", ("openvino",), "pip install 'edgesam-deploy[openvino]'"),
     (
         "export, quantize and build",
         (
@@ -55,6 +55,8 @@ def command(as_json: bool) -> None:
     ]
     print_table("what this machine can do", ("to", "ready", "with", "if not, run"), rows)
     click.echo(f"Python {report['python']}, {report['machine']}, {report['cores']} cores, {report['memory_gb']:.1f} GB")
+    if report["cpu_features"] is not None:
+        click.echo(f"this CPU's instructions for INT8 and bfloat16: {', '.join(report['cpu_features']) or 'none'}")
     click.echo(describe(report["here"]))
     click.echo(f"shipped bundle: {report['shipped_bundle']}")
     for note in report["notes"]:
@@ -67,10 +69,11 @@ def examine() -> dict[str, Any]:
     import platform
 
     from edgesam_deploy.bundle import load_bundle, shipped_bundle
+    from edgesam_deploy.device import cpu_features
     from edgesam_deploy.errors import BundleError
     from edgesam_deploy.measure.latency import machine
 
-    here = detect()
+    here, features = detect(), cpu_features()
     abilities = []
     for what, packages, cure in ABILITIES:
         found = {name: _version(name) for name in packages}
@@ -84,11 +87,12 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": machine(),
         "cores": len(os.sched_getaffinity(0)),
+        "cpu_features": features,
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         "here": here,
         "abilities": abilities,
         "shipped_bundle": bundle,
-        "notes": _notes(here),
+        "notes": _notes(here, features),
     }
 
 
@@ -125,26 +129,16 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _notes(here: dict[str, Any]) -> list[str]:
+def _notes(here: dict[str, Any], features: tuple[str, ...] | None) -> list[str]:
     import sys
 
     notes = []
     if here["machine"]["l4t"]:
         notes.append("this is a Jetson: create environments with --system-site-packages to see JetPack's tensorrt")
-    flags = _cpu_flags()
-    if flags and not flags & {"avx512_vnni", "avx_vnni", "asimddp"}:
+    if features is not None and not {"avx512_vnni", "avx_vnni", "asimddp"} & set(features):
         notes.append(
             "this CPU has no VNNI: INT8 is slower here, and sums of uint8 x int8 can saturate (see the README)"
         )
     if sys.version_info < (3, 11):
         notes.append("exporting and quantizing need Python 3.11 or newer; running bundles does not")
     return notes
-
-
-def _cpu_flags() -> set[str]:
-    """Instruction set names from /proc/cpuinfo; empty where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgesam_deploy.cli.terminal import json_option, print_json, threads_option
+from edgesam_deploy.cli.terminal import backend_option, json_option, print_json, threads_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,7 @@ class Numbers(_ParamType):
     help="Write the mask alone, 0 and 255 (with several boxes: their union).",
 )
 @click.option("--bundle", type=click.Path(path_type=Path), help="Default: the shipped INT8 reference bundle.")
+@backend_option
 @threads_option
 @json_option
 def command(
@@ -60,6 +61,7 @@ def command(
     output: Path | None,
     save_mask: Path | None,
     bundle: Path | None,
+    backend: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -85,7 +87,7 @@ def command(
     coords = [[p[:2] for p in points]] if points else None
     labels = [[p[2] if len(p) == 3 else 1 for p in points]] if points else None
     prompts = check_prompts(coords, labels, list(boxes) or None, (pixels.shape[0], pixels.shape[1]))
-    loaded = load_bundle(bundle or shipped_bundle())
+    loaded = load_bundle(bundle or shipped_bundle()).on(backend)
     with loaded.open(threads) as predictor:
         predictor.set_image(pixels)
         masks, scores = _choose(_ask(predictor, coords, labels, list(boxes) or None))

@@ -41,13 +41,13 @@ def command(encoder: Path, recipe: str, calibration: Path | None, encoding: str,
     check_writable(output)
     with tempfile.TemporaryDirectory() as folder:
         ranges = calibrate(
-            encoder,
+            {"encoder": encoder},
             images,
+            loaded,
+            loaded.int8,
             Path(folder) / "ranges.json",
-            loaded.pixels,
-            loaded.int8.percentile,
             lambda items: track("calibrate", items, len(images)),
-        )
+        )["encoder"]
         typed = output if encoding == "tensorrt" else Path(folder) / "encoder.onnx"
         result = quantize(encoder, ranges, loaded.int8, typed)
         if encoding == "cpu":

@@ -15,6 +15,11 @@ threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="CPU threads inside an operator. Default: all cores."
 )
 
+# As runtime.CPU_BACKENDS, which costs an import.
+backend_option = click.option(
+    "--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Run a CPU's bundle on this. Default: its own."
+)
+
 
 def print_json(value: Any) -> None:
     """A result, dataclass or plain, as JSON on stdout."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesam_deploy.cli.terminal import json_option, print_json, print_table, threads_option, track
+from edgesam_deploy.cli.terminal import backend_option, json_option, print_json, print_table, threads_option, track
 
 if TYPE_CHECKING:
     from edgesam_deploy.bundle import Bundle
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     "--checkpoint", type=click.Path(path_type=Path), help="With --images: the weights the bundle was built from."
 )
 @click.option("--min-iou", type=click.FloatRange(0, 1), help="Threshold for the mean. Default: the bundle's own.")
+@backend_option
 @threads_option
 @json_option
 def command(
@@ -31,6 +32,7 @@ def command(
     images: Path | None,
     checkpoint: Path | None,
     min_iou: float | None,
+    backend: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -42,7 +44,7 @@ def command(
     from edgesam_deploy.bundle import load_bundle, shipped_bundle
     from edgesam_deploy.errors import ThresholdError
 
-    loaded = load_bundle(bundle or shipped_bundle())
+    loaded = load_bundle(bundle or shipped_bundle()).on(backend)
     result = _on_images(loaded, images, checkpoint, threads) if images else _on_recorded(loaded, threads)
     threshold = float(loaded.manifest["min_mask_iou"]) if min_iou is None else min_iou
     passed = result.mask_iou.mean >= threshold

@@ -50,6 +50,15 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """Of n images, P prompts each. ious: (n,P). areas: (n,P), pixels of the reference masks. cosines: (n,)."""
+
+    ious: npt.NDArray[np.float64]
+    areas: npt.NDArray[np.int64]
+    cosines: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """A distribution of mask IoU in 0..1 over ``count`` prompts."""
 
@@ -113,6 +122,16 @@ def compare(
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> AccuracyResult:
     """Measure ``predictor`` against recorded answers; the images lie in ``folder`` under their recorded names."""
+    return summarize_answers(witness, answers, measure(predictor, answers, folder, progress))
+
+
+def measure(
+    predictor: Predictor,
+    answers: Answers,
+    folder: Path,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Measured:
+    """What ``compare`` summarizes, mask by mask."""
     ious: list[float] = []
     areas: list[int] = []
     cosines: list[float] = []
@@ -127,7 +146,24 @@ def compare(
             mine, theirs = predictor.postprocess(pair, image.shape[:2]) > MASK_THRESHOLD
             ious.append(mask_iou(mine, theirs))
             areas.append(int(np.count_nonzero(theirs)))
-    return _result(witness, answers, np.array(ious), np.array(areas), np.array(cosines))
+    shape = answers.index.shape
+    return Measured(np.array(ious).reshape(shape), np.array(areas).reshape(shape), np.array(cosines))
+
+
+def summarize_answers(witness: str, answers: Answers, measured: Measured) -> AccuracyResult:
+    """Distributions of what was measured, over all masks and by group."""
+    ious, areas = measured.ious.ravel(), measured.areas.ravel()
+    sizes = np.array([size_class(float(a)) for a in areas])
+    clicks = np.tile(np.arange(answers.index.shape[1]) < answers.points.shape[1], len(answers.files))
+    return AccuracyResult(
+        witness=witness,
+        images=len(answers.files),
+        mask_iou=summarize(ious),
+        by_size={name: summarize(ious[sizes == name]) for name in SIZE_CLASSES if (sizes == name).any()},
+        by_prompt={"point": summarize(ious[clicks]), "box": summarize(ious[~clicks])},
+        embedding_cosine_mean=float(measured.cosines.mean()),
+        embedding_cosine_min=float(measured.cosines.min()),
+    )
 
 
 def save_answers(answers: Answers, path: Path) -> None:
@@ -202,23 +238,3 @@ def _cosine(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
     if not np.isfinite(x).all():
         return 0.0
     return float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-12))
-
-
-def _result(
-    witness: str,
-    answers: Answers,
-    ious: npt.NDArray[np.float64],
-    areas: npt.NDArray[np.int64],
-    cosines: npt.NDArray[np.float64],
-) -> AccuracyResult:
-    sizes = np.array([size_class(a) for a in areas])
-    clicks = np.tile(np.arange(answers.index.shape[1]) < answers.points.shape[1], len(answers.files))
-    return AccuracyResult(
-        witness=witness,
-        images=len(answers.files),
-        mask_iou=summarize(ious),
-        by_size={name: summarize(ious[sizes == name]) for name in SIZE_CLASSES if (sizes == name).any()},
-        by_prompt={"point": summarize(ious[clicks]), "box": summarize(ious[~clicks])},
-        embedding_cosine_mean=float(cosines.mean()),
-        embedding_cosine_min=float(cosines.min()),
-    )

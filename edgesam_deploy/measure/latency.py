@@ -17,6 +17,7 @@ from edgesam_deploy.errors import InputError
 from edgesam_deploy.masks import MASK_THRESHOLD
 from edgesam_deploy.measure.memory import peak_rss_mb
 from edgesam_deploy.prompts import check_prompts
+from edgesam_deploy.runtime import Session
 
 PARTS = ("pre", "encoder", "decoder", "post")
 
@@ -60,7 +61,8 @@ class Timing:
 class LatencyResult:
     """pre: resize and pad; encoder, decoder: the two graphs; post: one mask to the original size; total: all four.
 
-    One click on one image of ``image_hw``. peak_rss_mb: this process's largest resident memory, 10^6 bytes.
+    One click on one image of ``image_hw``. backend, provider: each graph's where they differ. peak_rss_mb: this
+    process's largest resident memory, 10^6 bytes.
     """
 
     bundle: str
@@ -113,8 +115,8 @@ def measure_latency(
     return LatencyResult(
         bundle=str(bundle.path),
         precision=bundle.precision,
-        backend=bundle.backend,
-        provider=str(getattr(encoder, "provider", bundle.backend)),
+        backend=bundle.runs_on,
+        provider=_provider(predictor.encoder, predictor.decoder),
         threads=int(getattr(encoder, "threads", threads or 0)),
         machine=machine(),
         image_hw=hw,
@@ -123,6 +125,12 @@ def measure_latency(
         parts={name: timing(values) for name, values in samples.items()},
         peak_rss_mb=peak_rss_mb(),
     )
+
+
+def _provider(encoder: Session, decoder: Session) -> str:
+    """What the sessions say that they run on."""
+    providers = [str(getattr(session, "provider", type(session).__name__)) for session in (encoder, decoder)]
+    return providers[0] if providers[0] == providers[1] else f"{providers[0]} (encoder), {providers[1]} (decoder)"
 
 
 def summarize(samples_ms: Sequence[float]) -> Summary:

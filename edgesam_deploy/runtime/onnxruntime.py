@@ -42,6 +42,10 @@ class OnnxRuntimeSession:
         # Idle pools would spin: with two sessions and numpy in one process they take each other's cores (a whole
         # prediction on 2 cores took 100-112 ms with spinning, 45-54 ms without).
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if options.frugal:
+            # The default order may leave all that only a graph output reads to the end, and with it what it reads.
+            settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            settings.enable_mem_pattern = settings.enable_cpu_mem_arena = False
         settings.log_severity_level = 3  # errors only: graph optimisation warns about things that are meant
         if not graph.is_file() or graph.stat().st_size == 0:
             raise GraphError(f"{graph} is missing or empty; expected an ONNX graph. Build the bundle again")

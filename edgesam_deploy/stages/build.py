@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesam_deploy.bundle import (
     ANSWERS,
@@ -24,20 +24,28 @@ from edgesam_deploy.files import sha256_file, write_json, writing_folder
 from edgesam_deploy.images import list_images
 from edgesam_deploy.measure.accuracy import AccuracyResult, load_answers
 from edgesam_deploy.recipe import PACKAGE, PRECISIONS, Recipe
+from edgesam_deploy.runtime import CPU_BACKENDS
 from edgesam_deploy.stages.cache import StageCache, StageRun, exclusive, tool_versions
+from edgesam_deploy.stages.node_records import node_records, write_nodes
+from edgesam_deploy.stages.precision import Job, Outcome, Progress, bar, detail, type_graphs
 from edgesam_deploy.stages.verify import verify
 from edgesam_deploy.target import Target
+
+if TYPE_CHECKING:
+    from edgesam_deploy.stages.sensitivity import TuneOptions
 
 PHOTOS = PACKAGE / "assets" / "photos"
 VERIFY, ANSWERS_NAME = ANSWERS.split("/")
 
-# (what is going on, the items to go through, how many if that is known) -> the same items
-Progress = Callable[[str, Iterable[Any], int | None], Iterable[Any]]
-
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What to build. output: the bundle's folder. calibration, images: folders, None for the shipped photographs."""
+    """What to build. output: the bundle's folder. calibration, images: folders, None for the shipped photographs.
+
+    min_iou: the mask IoU that it must reach, None for the recipe's. search: find the fastest assignment of INT8 that
+    reaches it, None to take all that the rules allow. backend: for CPU targets, None for the faster one installed.
+    bf16: for them too, it may compute in bfloat16 what is float; such a bundle runs only where the CPU has it.
+    """
 
     recipe: Recipe
     target: Target
@@ -47,10 +55,31 @@ class BuildOptions:
     calibration: Path | None = None
     images: Path | None = None
     force: bool = False
+    min_iou: float | None = None
+    search: TuneOptions | None = None
+    backend: str | None = None
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise InputError(f"unknown precision '{self.precision}': expected one of {', '.join(PRECISIONS)}")
+        if self.min_iou is not None and not 0.0 < self.min_iou <= 1.0:
+            raise InputError(f"min_iou must be a number in (0, 1], got {self.min_iou}")
+        if self.search is not None and self.precision != "int8":
+            raise InputError(f"a search chooses what is INT8, and this build is {self.precision}: ask for int8")
+        if self.backend is not None and (self.target.backend in ENGINE_BACKENDS or self.backend not in CPU_BACKENDS):
+            raise InputError(
+                f"backend must be one of {', '.join(CPU_BACKENDS)}, for a CPU target; got {self.backend} for "
+                f"{self.target.name}"
+            )
+
+        if self.bf16 and self.target.backend in ENGINE_BACKENDS:
+            raise InputError(f"bf16 is for CPU targets, and {self.target.name} runs {self.target.backend}")
+
+    @property
+    def threshold(self) -> float:
+        """The mask IoU that the bundle must reach."""
+        return float(self.recipe.min_mask_iou[self.precision] if self.min_iou is None else self.min_iou)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +104,31 @@ def build(options: BuildOptions, progress: Progress = _quiet) -> BuildResult:
     happens, a bundle that was there before stays until the new one is complete.
     """
     check_replaceable(options.output)
-    images = _images(options)
+    images = source_images(options)
     work = options.output.parent / ".stages" / options.output.name
     with exclusive(work):
         cache = StageCache(work, options.force)
-        graphs, answers = _stages(options, images, cache, progress)
-        return _assemble(options, cache, graphs, answers, progress)
+        simplified, answers = prepare(options, images, cache, progress)
+        outcome = type_graphs(job(options, images, cache, progress), simplified)
+        return _assemble(options, cache, outcome, answers, progress)
 
 
-def _images(options: BuildOptions) -> dict[str, list[Path]]:
+def job(options: BuildOptions, images: Mapping[str, Sequence[Path]], cache: StageCache, progress: Progress) -> Job:
+    """What ``stages.precision`` is to do for a build."""
+    return Job(
+        recipe=options.recipe,
+        target=options.target,
+        precision=options.precision,
+        calibration=images.get("calibration", ()),
+        cache=cache,
+        progress=progress,
+        search=options.search,
+        backend=options.backend,
+        bf16=options.bf16,
+    )
+
+
+def source_images(options: BuildOptions) -> dict[str, list[Path]]:
     """The verification images and, below FP32, the calibration images: looked at before anything takes time."""
     images = {VERIFY: list_images(options.images or PHOTOS / "verify")}
     if options.precision != "fp32":
@@ -93,10 +138,10 @@ def _images(options: BuildOptions) -> dict[str, list[Path]]:
     return images
 
 
-def _stages(
+def prepare(
     options: BuildOptions, images: Mapping[str, Sequence[Path]], cache: StageCache, progress: Progress
 ) -> tuple[dict[str, Path], Path]:
-    """Everything up to typed graphs: (graph file by name, folder of the reference's answers and images)."""
+    """Everything up to simplified FP32 graphs: (graph by name, folder of the reference's answers and images)."""
     recipe = options.recipe
     checkpoint = _checkpoint(options)
     # Only what shapes the network: other precision rules or thresholds must not cost an export.
@@ -111,20 +156,11 @@ def _stages(
     def export(folder: Path) -> Mapping[str, Any]:
         from edgesam_deploy.stages.export import export as run
 
-        return _detail(run(recipe, checkpoint, folder))
+        return detail(run(recipe, checkpoint, folder))
 
     exported = cache.run("export", base, export)
     simplified = {name: _simplify(cache, name, exported.folder / f"{name}.onnx") for name in GRAPHS}
-    answers = _reference(options, images[VERIFY], cache, checkpoint, base, progress)
-    if options.precision == "fp32":
-        return simplified, answers
-    if options.precision == "fp16":
-        maxima = _maxima(options, images["calibration"], cache, simplified, progress)
-        return {name: _fp16(cache, recipe, name, graph, maxima) for name, graph in simplified.items()}, answers
-    # INT8: the encoder carries the load; the decoder is small, sensitive, and stays FP32.
-    encoder = _equalize(cache, simplified["encoder"]) if recipe.int8.equalize else simplified["encoder"]
-    encoder = _int8(options, images["calibration"], cache, encoder, progress)
-    return {"encoder": encoder, "decoder": simplified["decoder"]}, answers
+    return simplified, _reference(options, images[VERIFY], cache, checkpoint, base, progress)
 
 
 def _checkpoint(options: BuildOptions) -> Path:
@@ -141,97 +177,9 @@ def _simplify(cache: StageCache, name: str, graph: Path) -> Path:
     def action(folder: Path) -> Mapping[str, Any]:
         from edgesam_deploy.stages.simplify import simplify
 
-        return _detail(simplify(graph, folder / f"{name}.onnx"))
+        return detail(simplify(graph, folder / f"{name}.onnx"))
 
     return cache.run(f"simplify-{name}", {"graph": sha256_file(graph)}, action).folder / f"{name}.onnx"
-
-
-def _equalize(cache: StageCache, graph: Path) -> Path:
-    def action(folder: Path) -> Mapping[str, Any]:
-        from edgesam_deploy.stages.equalize import equalize
-
-        return _detail(equalize(graph, folder / "encoder.onnx"))
-
-    return cache.run("equalize", {"graph": sha256_file(graph)}, action).folder / "encoder.onnx"
-
-
-def _maxima(
-    options: BuildOptions,
-    images: Sequence[Path],
-    cache: StageCache,
-    simplified: Mapping[str, Path],
-    progress: Progress,
-) -> Path:
-    """The file of how large every tensor gets on the calibration images."""
-    from edgesam_deploy.stages.calibrate import images_digest
-
-    def action(folder: Path) -> Mapping[str, Any]:
-        from edgesam_deploy.stages.range_pass import range_pass
-
-        bar = _bar(progress, "ranges", len(images))
-        maxima = range_pass(simplified, images, options.recipe, folder / "maxima.json", bar)
-        largest = max(max(tensors.values()) for tensors in maxima.absmax.values())
-        return {"images": maxima.images, "images_digest": maxima.images_digest, "largest": largest}
-
-    hashes = {name: sha256_file(graph) for name, graph in simplified.items()}
-    inputs: dict[str, object] = {**hashes, "images": images_digest(images), "pixels": asdict(options.recipe.pixels)}
-    return cache.run("ranges", inputs, action).folder / "maxima.json"
-
-
-def _fp16(cache: StageCache, recipe: Recipe, name: str, graph: Path, maxima: Path) -> Path:
-    def action(folder: Path) -> Mapping[str, Any]:
-        from edgesam_deploy.stages.fp16 import convert_to_fp16
-        from edgesam_deploy.stages.range_pass import load_maxima
-
-        absmax = load_maxima(maxima).absmax[name]
-        return _detail(convert_to_fp16(graph, recipe.fp16, folder / f"{name}.onnx", absmax))
-
-    inputs = {"graph": sha256_file(graph), "rules": asdict(recipe.fp16), "maxima": sha256_file(maxima)}
-    return cache.run(f"fp16-{name}", inputs, action).folder / f"{name}.onnx"
-
-
-def _int8(options: BuildOptions, images: Sequence[Path], cache: StageCache, graph: Path, progress: Progress) -> Path:
-    """calibrate -> quantize -> (for the CPU) encode; returns the typed encoder."""
-    from edgesam_deploy.stages.calibrate import calibrate, images_digest, load_ranges
-    from edgesam_deploy.stages.cpu_encoding import encode_for_cpu
-    from edgesam_deploy.stages.quantize import quantize
-
-    recipe, rules = options.recipe, options.recipe.int8
-
-    def run_calibrate(folder: Path) -> Mapping[str, Any]:
-        ranges = calibrate(
-            graph,
-            images,
-            folder / "ranges.json",
-            recipe.pixels,
-            rules.percentile,
-            _bar(progress, "calibrate", len(images)),
-        )
-        return {"images": ranges.images, "images_digest": ranges.images_digest, "percentile": ranges.percentile}
-
-    inputs: dict[str, object] = {
-        "graph": sha256_file(graph),
-        "images": images_digest(images),
-        "percentile": rules.percentile,
-    }
-    ranges_file = cache.run("calibrate", inputs, run_calibrate).folder / "ranges.json"
-    ranges = load_ranges(ranges_file)
-    inputs = {"graph": sha256_file(graph), "ranges": sha256_file(ranges_file), "rules": asdict(rules)}
-    quantized = (
-        cache.run(
-            "quantize", inputs, lambda folder: _detail(quantize(graph, ranges, rules, folder / "encoder.onnx"))
-        ).folder
-        / "encoder.onnx"
-    )
-    if options.target.int8_encoding != "cpu":
-        return quantized
-    inputs = {"graph": sha256_file(quantized), "ranges": sha256_file(ranges_file)}
-    return (
-        cache.run(
-            "encode", inputs, lambda folder: _detail(encode_for_cpu(quantized, ranges, folder / "encoder.onnx"))
-        ).folder
-        / "encoder.onnx"
-    )
 
 
 def _reference(
@@ -250,7 +198,7 @@ def _reference(
         for path in images:
             shutil.copyfile(path, folder / path.name)
         answers = record_answers(
-            options.recipe, checkpoint, images, folder / ANSWERS_NAME, _bar(progress, "reference", len(images))
+            options.recipe, checkpoint, images, folder / ANSWERS_NAME, bar(progress, "reference", len(images))
         )
         return {"images": len(answers.files), "prompts": int(answers.index.size)}
 
@@ -259,34 +207,48 @@ def _reference(
 
 
 def _assemble(
-    options: BuildOptions, cache: StageCache, graphs: Mapping[str, Path], answers: Path, progress: Progress
+    options: BuildOptions, cache: StageCache, outcome: Outcome, answers: Path, progress: Progress
 ) -> BuildResult:
     """Put the bundle together in a temporary folder, measure it there, then let it take its place."""
     started = time.perf_counter()
     recorded = load_answers(answers / ANSWERS_NAME)
-    threshold = float(options.recipe.min_mask_iou[options.precision])
+    threshold = options.threshold
     with writing_folder(options.output) as folder:
-        for name, graph in graphs.items():
-            shutil.copyfile(graph, folder / f"{name}.onnx")
-        if options.target.backend in ENGINE_BACKENDS:
-            from edgesam_deploy.stages.typed_nodes import node_table
-
-            write_json(folder / NODES, {name: node_table(graph) for name, graph in graphs.items()})
+        for name, typed in outcome.graphs.items():
+            shutil.copyfile(typed.graph, folder / f"{name}.onnx")
+        _write_nodes(folder / NODES, outcome)
         (folder / VERIFY).mkdir()
         for name in (*recorded.files, ANSWERS_NAME):
             shutil.copyfile(answers / name, folder / VERIFY / name)
-        manifest = _manifest(options, cache, folder, graphs)
+        manifest = _manifest(options, cache, folder, outcome)
         bundle = parse_manifest(manifest, folder)
-        accuracy = verify(bundle, progress=_bar(progress, "verify", len(recorded.files)))
+        accuracy = verify(bundle, progress=bar(progress, "verify", len(recorded.files)))
         passed = accuracy.mask_iou.mean >= threshold
         manifest |= {"verified": passed, "min_mask_iou": threshold, "results": asdict(accuracy)}
         write_json(folder / MANIFEST, manifest)
-    detail = {"mask_iou": accuracy.mask_iou.mean, "threshold": threshold}
-    run = StageRun("verify", options.output, False, time.perf_counter() - started, detail)
+    note = {"mask_iou": accuracy.mask_iou.mean, "threshold": threshold}
+    run = StageRun("verify", options.output, False, time.perf_counter() - started, note)
     return BuildResult(options.output, passed, threshold, accuracy, (*cache.runs, run))
 
 
-def _manifest(options: BuildOptions, cache: StageCache, folder: Path, graphs: Mapping[str, Path]) -> dict[str, Any]:
+def _write_nodes(path: Path, outcome: Outcome) -> None:
+    """What every node computes in and why, for ``sam-export explain`` and for auditing engines."""
+    found = outcome.search
+    records = {
+        name: node_records(
+            typed.graph,
+            typed.source,
+            outcome.ranges.get(name) if outcome.ranges is not None else None,
+            typed.reasons,
+            found.search.alone if found is not None else {},
+            found.block_of if found is not None else {},
+        )
+        for name, typed in outcome.graphs.items()
+    }
+    write_nodes(path, records, found.summary() if found is not None else None)
+
+
+def _manifest(options: BuildOptions, cache: StageCache, folder: Path, outcome: Outcome) -> dict[str, Any]:
     """Everything but the results. Parents are the sha256 of the files that each graph was made from, oldest first."""
     recipe, details = options.recipe, {run.name: run.detail for run in cache.runs}
     manifest: dict[str, Any] = {
@@ -294,8 +256,11 @@ def _manifest(options: BuildOptions, cache: StageCache, folder: Path, graphs: Ma
         "recipe": {"name": recipe.name, "digest": recipe.digest},
         "precision": options.precision,
         "target": options.target.name,
-        "backend": options.target.backend,
+        "backend": outcome.graphs["encoder"].backend,
+        "graph_backends": {name: typed.backend for name, typed in outcome.graphs.items()},
+        "bf16": {name: typed.bf16 for name, typed in outcome.graphs.items()},
         "int8_encoding": options.target.int8_encoding if options.precision == "int8" else None,
+        "rest": options.target.int8_rest if options.precision == "int8" else options.precision,
         "checkpoint_sha256": sha256_file(_checkpoint(options)),
         "geometry": asdict(recipe.geometry),
         "pixels": asdict(recipe.pixels),
@@ -319,12 +284,3 @@ def _ancestry(cache: StageCache, name: str) -> list[dict[str, str]]:
     """The stage files of this build that led to one graph: stage and sha256, in order."""
     files = ((run.name, run.folder / f"{name}.onnx") for run in cache.runs if run.name != "reference")
     return [{"stage": stage, "sha256": sha256_file(path)} for stage, path in files if path.is_file()]
-
-
-def _detail(result: Any) -> dict[str, Any]:
-    """A stage's result dataclass as JSON: paths by their file name only, no path of this machine."""
-    return {k: v.name if isinstance(v, Path) else v for k, v in asdict(result).items()}
-
-
-def _bar(progress: Progress, name: str, total: int | None = None) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    return lambda items: progress(name, items, total)

@@ -29,6 +29,7 @@ TOOLS = (
     "onnxscript",
     "onnxsim",
     "onnxslim",
+    "openvino",
 )
 
 

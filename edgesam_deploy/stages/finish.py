@@ -6,19 +6,19 @@ verification prompts, and only then does the new bundle take the kit's place.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgesam_deploy.bundle import ENGINE_BACKENDS, ENGINE_SUFFIX, GRAPHS, MANIFEST, NODES, Bundle, parse_manifest
+from edgesam_deploy.bundle import ENGINE_BACKENDS, ENGINE_SUFFIX, GRAPHS, MANIFEST, Bundle, parse_manifest
 from edgesam_deploy.contract import contracts
 from edgesam_deploy.errors import BackendError, BundleError, OutputError
 from edgesam_deploy.files import sha256_file, write_json, writing_folder
 from edgesam_deploy.measure.accuracy import AccuracyResult
 from edgesam_deploy.measure.audit import AuditResult, audit
+from edgesam_deploy.measure.explain import read_nodes
 from edgesam_deploy.measure.layers import layers_from_inspector, layers_from_log
 from edgesam_deploy.runtime import SessionOptions
 from edgesam_deploy.runtime.bindings import Library, use
@@ -72,7 +72,7 @@ def finish(
     final = output or bundle.path
     _check_elsewhere(final)
     if audited:
-        _node_tables(bundle)
+        read_nodes(bundle)  # now, rather than after the compiling
     gpu = _gpu(bundle)
     library = use(bundle.backend)
     _check_release(library, target)
@@ -169,11 +169,11 @@ def _check_release(library: Library, target: Target) -> None:
 
 def _audits(bundle: Bundle, engines: Mapping[str, CompileResult], record: EngineRecord) -> dict[str, AuditResult]:
     """By the builder's log for TensorRT for RTX, which needs no GPU; by the engine's inspector for TensorRT."""
-    nodes = _node_tables(bundle)
+    nodes = read_nodes(bundle).graphs
     audits = {}
     for name, result in engines.items():
-        wanted = {node: entry[0] for node, entry in nodes[name].items()}
-        ops = {node: entry[1] for node, entry in nodes[name].items()}
+        wanted = {record.node: record.precision for record in nodes[name]}
+        ops = {record.node: record.op for record in nodes[name]}
         if record.library == "tensorrt":
             with TensorRTSession(bundle.engine(name), SessionOptions(), record.library) as session:
                 audits[name] = audit(layers_from_inspector(session.inspect()), wanted, ops)
@@ -183,16 +183,6 @@ def _audits(bundle: Bundle, engines: Mapping[str, CompileResult], record: Engine
         for key, text in zip(names, listings, strict=True):
             audits[key] = audit(layers_from_log(text), wanted, ops)
     return audits
-
-
-def _node_tables(bundle: Bundle) -> dict[str, dict[str, list[str]]]:
-    try:
-        tables: dict[str, dict[str, list[str]]] = json.loads((bundle.path / NODES).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{bundle.path} has no readable {NODES}, which an audit needs: build the kit again"
-        ) from error
-    return tables
 
 
 def _timing_cache(final: Path, library: Library, capability: str) -> Path:

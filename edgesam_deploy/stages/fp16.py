@@ -20,8 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgesam_deploy.files import sha256_file
 from edgesam_deploy.recipe import PrecisionRules
 from edgesam_deploy.stages import graph as graphs
+from edgesam_deploy.stages.placement import point_encoding
 
 FP16_MAX = 65504.0
+POINT_ENCODING = "point encoding: half coordinates step by half a pixel"
 # Calibration sees some images, a device sees others.
 MARGIN = 2.0
 # They square their input on the way: x² leaves FP16 long before x does (LayerNorm in SAM encoders: |x| up to 1418).
@@ -46,12 +48,12 @@ def convert_to_fp16(
     Point encoding (all that leads to Sin and Cos) stays FP32: half coordinates step by half a pixel between 512 and
     1024 before they pass through sine and cosine. So does what the recipe's ``precision.fp16.keep`` names, and every
     node whose inputs, outputs or squares on the way can leave FP16. absmax: largest |x| by tensor, as
-    ``stages.range_pass`` recorded it; None looks at no ranges.
+    ``stages.calibrate`` recorded it; None looks at no ranges.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = graphs.load(source)
-    kept = _overflowing(model, absmax or {}) | _named(model, rules) | _point_encoding(model)
+    kept = kept_nodes(model, rules, absmax or {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weights below half's smallest number: they round to 0, as on the device
         half = convert_float_to_float16(
@@ -63,6 +65,11 @@ def convert_to_fp16(
     types = _tensor_types(half)
     count = sum(any(types.get(o) == TensorProto.FLOAT16 for o in n.output) for n in half.graph.node)
     return Fp16Result(output, count, len(half.graph.node), kept)
+
+
+def kept_nodes(model: onnx.ModelProto, rules: PrecisionRules, absmax: Mapping[str, float]) -> dict[str, str]:
+    """Names of the nodes that must not be FP16, with the reason."""
+    return _overflowing(model, absmax) | _named(model, rules) | dict.fromkeys(point_encoding(model), POINT_ENCODING)
 
 
 def _join_kept(model: onnx.ModelProto) -> None:
@@ -136,32 +143,21 @@ def _overflowing(model: onnx.ModelProto, absmax: Mapping[str, float]) -> dict[st
     """Nodes that can leave FP16, with the tensor that shows it. Unseen images get a margin."""
     kept = {}
     for node in model.graph.node:
-        squares = node.op_type in _SQUARING
-        limit = (FP16_MAX / MARGIN) ** 0.5 if squares else FP16_MAX / MARGIN
-        worst = max((*node.input[:1], *node.output) if squares else (*node.input, *node.output), key=_of(absmax))
-        if _of(absmax)(worst) > limit:
-            what = f"squares '{worst}'" if squares and worst in node.input else f"'{worst}'"
-            kept[node.name] = (
-                f"{what} reaches {absmax[worst]:.4g}, FP16 with a margin of {MARGIN:g} ends at {limit:.4g}"
-            )
+        squared = node.input[0] if node.op_type in _SQUARING else None
+        worst = max((*node.input, *node.output), key=_of(absmax))
+        limit = FP16_MAX / MARGIN
+        if squared is not None and _of(absmax)(squared) > limit**0.5:
+            what, worst, limit = f"squares '{squared}'", squared, limit**0.5
+        elif _of(absmax)(worst) > limit:
+            what = f"'{worst}'"
+        else:
+            continue
+        kept[node.name] = f"{what} reaches {absmax[worst]:.4g}, FP16 with a margin of {MARGIN:g} ends at {limit:.4g}"
     return kept
 
 
 def _of(absmax: Mapping[str, float]) -> Callable[[str], float]:
     return lambda name: absmax.get(name, 0.0)
-
-
-def _point_encoding(model: onnx.ModelProto) -> dict[str, str]:
-    """The Sin and Cos nodes and every node they depend on."""
-    made_by = graphs.producers(model)
-    found: dict[str, onnx.NodeProto] = {}
-    waiting = [n for n in model.graph.node if n.op_type in ("Sin", "Cos")]
-    while waiting:
-        node = waiting.pop()
-        if node.name not in found:
-            found[node.name] = node
-            waiting += [made_by[name] for name in node.input if name in made_by]
-    return dict.fromkeys(found, "point encoding: half coordinates step by half a pixel")
 
 
 def _named(model: onnx.ModelProto, rules: PrecisionRules) -> dict[str, str]:

@@ -9,8 +9,7 @@ TensorRT fuses that convolution with the addition. Transformer residual streams,
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,46 +24,89 @@ from edgesam_deploy.files import sha256_file
 from edgesam_deploy.recipe import Int8Rules
 from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.calibrate import Ranges
+from edgesam_deploy.stages.placement import (
+    SAME_RANGE,
+    activation_inputs,
+    add_inputs,
+    carried_inputs,
+    channel_axis,
+    eligible,
+)
 
 INT8_MAX = 127
-# Operators whose output holds only values of their inputs: one scale serves both sides.
-_SAME_RANGE = ("Concat", "MaxPool", "Pad")
-_WEIGHTED = ("Conv", "Gemm", "MatMul")
+# Sixteen of FP16's smallest steps: below it, scales would be too coarse to be of use.
+MIN_SCALE = 2.0**-20
+NOT_CHOSEN = "left out of INT8"
+NEVER_SEEN = "calibration saw only zeros in what it reads"
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """quantized: weighted layers that compute in INT8, of ``weighted`` in the graph."""
+    """quantized: nodes that compute in INT8, of ``weighted`` in the graph that multiply. int8: their names, in graph
+    order. activations: tensors with a Q/DQ pair. reasons: every node that multiplies and is not INT8, with the reason.
+    """
 
     output: Path
     quantized: int
     weighted: int
     activations: int
+    int8: tuple[str, ...]
+    reasons: Mapping[str, str]
 
 
-def quantize(source: Path, ranges: Ranges, rules: Int8Rules, output: Path) -> QuantizeResult:
-    """Insert Q/DQ into a simplified FP32 graph by calibrated ranges and a recipe's rules.
+def quantize(
+    source: Path, ranges: Ranges, rules: Int8Rules, output: Path, only: Collection[str] | None = None
+) -> QuantizeResult:
+    """Insert Q/DQ into a simplified FP32 graph by calibrated ranges and rules.
 
-    Raises GraphError if the ranges belong to another graph.
+    only: names of the nodes that shall be INT8, among those that the rules allow; None for all of these. Raises
+    GraphError if the ranges belong to another graph or ``only`` names a node that the rules do not allow.
     """
     if ranges.graph_sha256 != sha256_file(source):
         raise GraphError(f"the calibration ranges were taken on another graph than {source}: calibrate again")
     model = graphs.load(source)
-    weighted = [n for n in model.graph.node if _weight_of(n, graphs.constants(model)) is not None]
-    chosen = [n for n in weighted if _wanted(n, rules)]
-    inserter = _Inserter(model, _shared_amax(model, ranges.amax))
+    chosen, reasons = _choose(model, ranges, rules, only)
+    amax = _shared_amax(model, ranges.amax)
+    inserter = _Inserter(model, amax)
+    adds = add_inputs(model, {n.name for n in chosen}, rules)
     for node in chosen:
-        inserter.weight(node)
-    for node in chosen:
-        inserter.activation(node, 0)
-    for node, index in _add_inputs(model, {n.name for n in chosen}):
-        inserter.activation(node, index)
+        indices = activation_inputs(node, inserter.values)
+        if indices == [0]:
+            inserter.weight(node)
+        for index in indices:
+            inserter.activation(node, index)
+    for node, index in adds:
+        if amax.get(node.input[index]):
+            inserter.activation(node, index)
     inserter.carriers()
     graphs.sort_nodes(model)
     graphs.drop_unused_constants(model)
     origin = {"stage": "quantize", "encoding": "tensorrt", "calibration_digest": ranges.images_digest}
     graphs.save(model, output, {**origin, "parent_sha256": sha256_file(source)})
-    return QuantizeResult(output, len(chosen), len(weighted), inserter.activations)
+    names = tuple(node.name for node in chosen)
+    return QuantizeResult(output, len(names), len(names) + len(reasons), inserter.activations, names, reasons)
+
+
+def _choose(
+    model: onnx.ModelProto, ranges: Ranges, rules: Int8Rules, only: Collection[str] | None
+) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+    """The nodes to quantize, in graph order, and why the others that multiply are not."""
+    allowed, reasons = eligible(model, rules)
+    if only is not None and (unknown := sorted(set(only) - set(allowed))):
+        why = reasons.get(unknown[0], "the graph has no such node that multiplies")
+        raise GraphError(f"cannot quantize '{unknown[0]}': {why}")
+    values = graphs.constants(model)
+    by_name = {node.name: node for node in model.graph.node}
+    chosen = []
+    for name in allowed:
+        node = by_name[name]
+        if not all(ranges.amax.get(node.input[i], 0.0) > 0.0 for i in activation_inputs(node, values)):
+            reasons[name] = NEVER_SEEN
+        elif only is not None and name not in only:
+            reasons[name] = NOT_CHOSEN
+        else:
+            chosen.append(node)
+    return chosen, reasons
 
 
 class _Inserter:
@@ -83,9 +125,9 @@ class _Inserter:
     def weight(self, node: onnx.NodeProto) -> None:
         """Replace the node's float weight by int8 values and a DequantizeLinear per output channel."""
         name = node.input[1]
-        weight, axis = self.values[name], _channel_axis(node)
+        weight, axis = self.values[name], channel_axis(node)
         others = tuple(i for i in range(weight.ndim) if i != axis)
-        scale = np.maximum(np.abs(weight).max(axis=others), 1e-12).astype(np.float32) / np.float32(INT8_MAX)
+        scale = _scale(np.abs(weight).max(axis=others))
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
         rounded = np.clip(np.rint(weight / scale.reshape(shape)), -INT8_MAX, INT8_MAX).astype(np.int8)
         out = f"{node.name}:weight_dq"
@@ -107,14 +149,14 @@ class _Inserter:
     def carriers(self) -> None:
         """Concat, MaxPool and Pad before a quantized tensor read quantized tensors too."""
         for node in reversed(self.model.graph.node):
-            if node.op_type in _SAME_RANGE and node.output[0] in self.pairs:
-                for index in _carried(node):
+            if node.op_type in SAME_RANGE and node.output[0] in self.pairs:
+                for index in carried_inputs(node):
                     self.activation(node, index)
 
     def _pair(self, name: str) -> None:
         if name not in self.amax:
             raise GraphError(f"calibration has no range for tensor '{name}': calibrate again")
-        scale = np.array(max(self.amax[name], 1e-12) / INT8_MAX, dtype=np.float32)
+        scale = _scale(np.array(self.amax[name]))
         self._constant(f"{name}:scale", scale)
         self._constant(f"{name}:zero", np.array(0, dtype=np.int8))
         extra = [f"{name}:scale", f"{name}:zero"]
@@ -129,27 +171,16 @@ class _Inserter:
         self.model.graph.initializer.append(numpy_helper.from_array(value, name))
 
 
-def _weight_of(node: onnx.NodeProto, values: Mapping[str, Any]) -> str | None:
-    """The name of a weighted layer's constant weight, or None."""
-    if node.op_type in _WEIGHTED and node.input[1] in values and values[node.input[1]].ndim >= 2:
-        return str(node.input[1])
-    return None
+def _scale(amax: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The step that covers |x| <= amax, rounded up to a number that FP16 has.
 
-
-def _channel_axis(node: onnx.NodeProto) -> int:
-    """The output channel axis of the weight: what INT8 scales of weights run along."""
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute):
-        return 0
-    return 1
-
-
-def _wanted(node: onnx.NodeProto, rules: Int8Rules) -> bool:
-    if any(re.search(pattern, node.name) for pattern in rules.keep):
-        return False
-    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-    return rules.depthwise or groups == 1
+    Scales are FP16 where the rest of the graph is; taken from one set for every variant, they round alike everywhere.
+    """
+    exact = np.maximum(amax.astype(np.float64) / INT8_MAX, MIN_SCALE)
+    with np.errstate(over="ignore"):
+        half = exact.astype(np.float16)
+    half = np.where(half < exact, np.nextafter(half, np.float16(np.inf)), half)
+    return np.where(np.isfinite(half), half, exact).astype(np.float32)
 
 
 def _shared_amax(model: onnx.ModelProto, amax: Mapping[str, float]) -> dict[str, float]:
@@ -162,44 +193,10 @@ def _shared_amax(model: onnx.ModelProto, amax: Mapping[str, float]) -> dict[str,
         return name
 
     for node in model.graph.node:
-        if node.op_type in _SAME_RANGE:
-            for index in _carried(node):
+        if node.op_type in SAME_RANGE:
+            for index in carried_inputs(node):
                 parent[root(node.input[index])] = root(node.output[0])
     largest: dict[str, float] = {}
     for name, value in amax.items():
         largest[root(name)] = max(value, largest.get(root(name), 0.0))
     return {name: largest[root(name)] for name in amax}
-
-
-def _carried(node: onnx.NodeProto) -> range:
-    """Indices of the inputs whose values appear in the output (not the pads of a Pad)."""
-    return range(len(node.input) if node.op_type == "Concat" else 1)
-
-
-def _add_inputs(model: onnx.ModelProto, chosen: set[str]) -> list[tuple[onnx.NodeProto, int]]:
-    """(Add, input index) to quantize: where one input, through Relu or Clip at most, is a quantized convolution's.
-
-    An input that nobody else reads and that is the convolution's direct output stays as it is, one at most.
-    """
-    made_by, users = graphs.producers(model), graphs.consumers(model)
-
-    def convolution(name: str) -> onnx.NodeProto | None:
-        node = made_by.get(name)
-        if node is not None and node.op_type in ("Clip", "Relu"):
-            node = made_by.get(node.input[0])
-        return node if node is not None and node.op_type == "Conv" and node.name in chosen else None
-
-    found: list[tuple[onnx.NodeProto, int]] = []
-    for add in model.graph.node:
-        if add.op_type != "Add" or not all(name in made_by for name in add.input):
-            continue
-        branches = [convolution(name) for name in add.input]
-        if not any(branches):
-            continue
-        direct = [
-            i
-            for i, (conv, name) in enumerate(zip(branches, add.input, strict=True))
-            if conv is not None and conv.output[0] == name and len(users[name]) == 1
-        ]
-        found += [(add, i) for i in range(len(add.input)) if i not in direct[:1]]
-    return found

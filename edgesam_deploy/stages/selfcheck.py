@@ -28,7 +28,17 @@ from edgesam_deploy.target import load_target
 SCHEMA = 1
 PHOTO = PACKAGE / "assets" / "photos" / "verify" / "duck.jpg"
 # What a result depends on besides the machine; those that are not installed are left out.
-PACKAGES = ("edgesam-deploy", "numpy", "onnxruntime", "pillow", "tensorrt", "tensorrt-rtx", "pycuda", "torch")
+PACKAGES = (
+    "edgesam-deploy",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "pillow",
+    "tensorrt",
+    "tensorrt-rtx",
+    "pycuda",
+    "torch",
+)
 LAYER_RUNS = 20
 
 

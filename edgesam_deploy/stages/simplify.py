@@ -47,6 +47,7 @@ def simplify(source: Path, output: Path) -> SimplifyResult:
             rejected.append(f"{tool}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
             continue
         fold_affine_after_relu(candidate)
+        halve_gelu_last(candidate)
         fault, error_size = _judge(source, before, candidate, output.parent)
         if fault:
             rejected.append(f"{tool}: {fault}")
@@ -102,6 +103,34 @@ def _affine_chain(
     if any(len(users[name]) != 1 or name in outputs for name in between):
         return None
     return conv, relu, mul, scale, shift
+
+
+def halve_gelu_last(model: onnx.ModelProto) -> int:
+    """Rewrite x * (0.5 * (1 + erf)) as (x * (1 + erf)) * 0.5; in place; how many were.
+
+    The same numbers, since halving is exact; in this order ONNX Runtime makes one kernel of it.
+    """
+    values, users, made_by = graphs.constants(model), graphs.consumers(model), graphs.producers(model)
+    outputs = {o.name for o in model.graph.output}
+    found = 0
+    for halving in [n for n in model.graph.node if n.op_type == "Mul"]:
+        half, tensor = _scalar_operand(halving, values)
+        add, readers = made_by.get(tensor), users.get(halving.output[0], [])
+        if half != 0.5 or add is None or add.op_type != "Add" or not any(_is_erf(made_by.get(i)) for i in add.input):
+            continue
+        if len(readers) != 1 or readers[0].op_type != "Mul" or halving.output[0] in outputs:
+            continue
+        constant = next(i for i, name in enumerate(halving.input) if name in values)
+        x = next((i for i, name in enumerate(readers[0].input) if name != halving.output[0]), None)
+        if x is None:
+            continue
+        halving.input[constant], readers[0].input[x] = readers[0].input[x], halving.input[constant]
+        found += 1
+    return found
+
+
+def _is_erf(node: onnx.NodeProto | None) -> bool:
+    return node is not None and node.op_type == "Erf"
 
 
 def _scalar_operand(node: onnx.NodeProto, values: dict[str, Any]) -> tuple[float | None, str]:

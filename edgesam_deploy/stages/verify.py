@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgesam_deploy.bundle import ANSWERS, GRAPHS, Bundle, open_graphs
+from edgesam_deploy.bundle import ANSWERS, ENGINE_BACKENDS, GRAPHS, Bundle, open_graphs
 from edgesam_deploy.errors import BundleError, MissingExtraError
 from edgesam_deploy.measure.accuracy import AccuracyResult, Answers, compare, load_answers
 from edgesam_deploy.predictor import Predictor
@@ -26,9 +26,10 @@ def verify(
 ) -> AccuracyResult:
     """Measure a bundle against recorded answers: its own, or given ones about images in ``folder``.
 
-    A compiled bundle is measured by its engines, a kit by its typed graphs on ONNX Runtime, FP16 on ONNX Runtime always
-    by its FP32 emulation (``stages.fp16``), since the CPU provider hides half precision's faults. Raises BundleError if
-    the bundle carries no answers.
+    A compiled bundle is measured by its engines, a kit by its typed graphs on ONNX Runtime, a CPU's bundle by the
+    backends that run it (``Bundle.on`` for others). FP16 on a CPU is always measured by its FP32 emulation on ONNX
+    Runtime (``stages.fp16``), since the CPU backends hide half precision's faults. Raises BundleError if the bundle
+    carries no answers.
     """
     if answers is None:
         if ANSWERS not in bundle.manifest["files"]:
@@ -41,16 +42,21 @@ def verify(
 @contextmanager
 def witness(bundle: Bundle, threads: int | None = None) -> Iterator[tuple[Predictor, str]]:
     """(a Predictor whose arithmetic is the device's, what it is)."""
-    if bundle.compiled and (bundle.precision != "fp16" or bundle.backend != "onnxruntime"):
+    if bundle.compiled and (bundle.precision != "fp16" or bundle.backend in ENGINE_BACKENDS):
         with bundle.open(threads) as predictor:
-            yield predictor, bundle.backend
+            yield predictor, bundle.runs_on
         return
     with tempfile.TemporaryDirectory() as folder:
         graphs, name = {name: bundle.graph(name) for name in GRAPHS}, TYPED
-        if bundle.precision == "fp16":
+        if _half(bundle):
             graphs, name = _emulated(graphs, Path(folder)), EMULATED
         with open_graphs(graphs, bundle, SessionOptions(threads), "onnxruntime") as predictor:
             yield predictor, name
+
+
+def _half(bundle: Bundle) -> bool:
+    """Whether its graphs hold FP16: all of them, or beside INT8."""
+    return "fp16" in (bundle.precision, bundle.manifest.get("rest"))
 
 
 def _emulated(graphs: Mapping[str, Path], folder: Path) -> dict[str, Path]:

@@ -122,7 +122,7 @@ def _graphs(scene: Path, stages: Path) -> None:
     whole = (stages / "simplify-encoder" / "encoder.onnx").read_bytes()
     (scene / "encoder.onnx").write_bytes(whole)
     shutil.copyfile(stages / "simplify-decoder" / "decoder.onnx", scene / "decoder.onnx")
-    shutil.copyfile(stages / "quantize" / "encoder.onnx", scene / "quantized.onnx")
+    shutil.copyfile(stages / "quantize-encoder" / "encoder.onnx", scene / "quantized.onnx")
     (scene / "cut.onnx").write_bytes(whole[: len(whole) // 2])
     (scene / "empty.onnx").write_bytes(b"")
     (scene / "random.onnx").write_bytes(np.random.default_rng(0).bytes(4000))
@@ -174,7 +174,7 @@ def _stages(scene: Path, stages: Path) -> None:
     """Work folders in which every stage is done, so that a build comes quickly to where it goes wrong."""
     for name in ("few", "broken", "none", "limit-stage", "limit-bundle"):
         shutil.copytree(stages, scene / "engines" / ".stages" / name, copy_function=os.link)
-    shutil.rmtree(scene / "engines" / ".stages" / "limit-stage" / "encode")
+    shutil.rmtree(scene / "engines" / ".stages" / "limit-stage" / "encode-encoder")
     for name in ("limit-stage", "limit-bundle"):
         shutil.copytree(scene / "bundle", scene / "engines" / name)
 
@@ -236,6 +236,17 @@ REQUESTS: dict[str, Row] = {
     "unknown-recipe-quantize": ("quantize {encoder.onnx} --recipe gpt -o {out.onnx}", 2, ("unknown recipe 'gpt'",)),
     "missing-recipe-file": ("build {gone.toml}", 2, ("cannot read {gone.toml}: No such file",)),
     "unknown-target": ("build --target toaster", 2, ("unknown target 'toaster'", "expected one of", "cpu")),
+    "unknown-backend": ("build {tiny.toml} --backend tflite", 2, ("backend must be one of onnxruntime, openvino",)),
+    "cpu-backend-for-a-gpu": (
+        "build {tiny.toml} --target rtx --backend openvino",
+        2,
+        ("backend must be one of", "for a CPU target; got openvino for rtx"),
+    ),
+    "bf16-for-a-gpu": ("build {tiny.toml} --target rtx --bf16", 2, ("bf16 is for CPU targets",)),
+    "search-of-fp16": ("build {tiny.toml} --precision fp16 --search", 2, ("a search chooses what is INT8", "fp16")),
+    "search-of-unknown-recipe": ("search gpt", 2, ("unknown recipe 'gpt'",)),
+    "search-for-unknown-target": ("search --target toaster", 2, ("unknown target 'toaster'",)),
+    "search-on-unknown-backend": ("search {tiny.toml} --backend tflite", 2, ("backend must be one of",)),
     "unknown-precision": ("build --precision int4", 2, ("unknown precision 'int4'", "fp32, fp16, int8")),
     "nan-point": (
         "predict {photo.jpg} --point nan,5 --bundle {bundle}",
@@ -301,7 +312,7 @@ RECIPES: dict[str, Row] = {
     "mean-nan": (QUANTIZE + "{nan-mean.toml}", 2, ("{nan-mean.toml}", "pixels.mean", "nan")),
     "std-zero": (QUANTIZE + "{zero-std.toml}", 2, ("pixels.std must be positive, got (0.0, 57.12, 57.375)",)),
     "threshold-above-1": (QUANTIZE + "{threshold-2.toml}", 2, ("min_mask_iou.int8 must be a number in 0..1, got 2.0",)),
-    "percentile-0": (QUANTIZE + "{percentile-0.toml}", 2, ("percentile must be in (50, 100], got 0",)),
+    "percentile-0": (QUANTIZE + "{percentile-0.toml}", 2, ("percentile must be a number in (50, 100], got 0",)),
     "keep-text": (QUANTIZE + "{text-keep.toml}", 2, ("{text-keep.toml}", "keep", "neck")),
     "keep-number": (QUANTIZE + "{number-keep.toml}", 2, ("{number-keep.toml}", "keep", "7")),
     "sha256-short": (
@@ -595,6 +606,7 @@ def test_the_scene_itself_is_in_order(scene: Path, tmp_path: Path) -> None:
 
 USAGE: dict[str, tuple[str, str]] = {
     "unknown-command": ("deploy", "No such command 'deploy'"),
+    "budget-out-of-range": ("build --min-iou 1.5", "1.5 is not in the range"),
     "unknown-option": ("build --fast", "No such option '--fast'"),
     "unknown-group-option": ("--fast", "No such option '--fast'"),
     "missing-image": ("predict", "Missing argument 'IMAGE'"),

@@ -30,8 +30,8 @@ STAGES = (
     "simplify-decoder",
     "reference",
     "calibrate",
-    "quantize",
-    "encode",
+    "quantize-encoder",
+    "encode-encoder",
     "verify",
 )
 
@@ -73,7 +73,7 @@ def words(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
             picture = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8))
             picture.resize((96, 64)).save(folder / name / f"{i:02}.png")
     images = ["--calibration", str(folder / "calibration"), "--images", str(folder / "verify")]
-    return ["build", str(tiny_recipe), *images]
+    return ["build", str(tiny_recipe), "--backend", "onnxruntime", *images]
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +152,13 @@ def test_killed_in_every_stage_a_build_goes_on_and_ends_well(
 
 
 def test_control_c_is_one_line_and_leaves_nothing_half_done(words: list[str], finished: Path) -> None:
-    (work(finished) / "encode" / RECORD).unlink()
-    stopped = stop(words, finished, "encode", signal.SIGINT)
+    (work(finished) / "encode-encoder" / RECORD).unlink()
+    stopped = stop(words, finished, "encode-encoder", signal.SIGINT)
     assert stopped.stderr == "interrupted; finished stages are kept, run the same command to go on\n"
     assert stopped.returncode == 130
     assert unfinished(finished) == []
     assert load_bundle(finished).recipe == "tiny"
-    assert states(build(words, finished)) == done_only("encode")
+    assert states(build(words, finished)) == done_only("encode-encoder")
 
 
 def test_built_again_unchanged_everything_is_reused_but_verify(words: list[str], finished: Path) -> None:
@@ -218,14 +218,14 @@ def another_json(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "graph-flipped": ("simplify-decoder", "decoder.onnx", flip),
-    "graph-cut": ("quantize", "encoder.onnx", cut),
-    "graph-gone": ("encode", "encoder.onnx", Path.unlink),
+    "graph-cut": ("quantize-encoder", "encoder.onnx", cut),
+    "graph-gone": ("encode-encoder", "encoder.onnx", Path.unlink),
     "ranges-garbled": ("calibrate", "ranges.json", garble),
     "answers-flipped": ("reference", "answers.npz", flip),
     "image-gone": ("reference", "00.png", Path.unlink),
     "record-gone": ("simplify-encoder", RECORD, Path.unlink),
-    "record-garbled": ("quantize", RECORD, garble),
-    "record-another-json": ("encode", RECORD, another_json),
+    "record-garbled": ("quantize-encoder", RECORD, garble),
+    "record-another-json": ("encode-encoder", RECORD, another_json),
 }
 
 
@@ -249,7 +249,7 @@ def test_other_calibration_images_redo_calibration_and_what_follows(words: list[
     shutil.copytree(words[words.index("--calibration") + 1], folder)
     Image.new("RGB", (96, 64), "red").save(folder / "00.png")
     changed = [str(folder) if w.endswith("calibration") and not w.startswith("-") else w for w in words]
-    assert states(build(changed, finished)) == done_only("calibrate", "quantize", "encode")
+    assert states(build(changed, finished)) == done_only("calibrate", "quantize-encoder", "encode-encoder")
 
 
 def test_other_verification_images_redo_the_reference_only(words: list[str], finished: Path) -> None:
@@ -273,7 +273,7 @@ def test_another_percentile_redoes_calibration_and_what_follows(
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(Path(words[1]).read_text() + "\n[precision.int8]\npercentile = 99.9\n")
     changed = [str(recipe) if w.endswith(".toml") else w for w in words]
-    assert states(build(changed, finished)) == done_only("calibrate", "quantize", "encode")
+    assert states(build(changed, finished)) == done_only("calibrate", "quantize-encoder", "encode-encoder")
     assert load_bundle(finished).manifest["calibration"]["percentile"] == 99.9
 
 

@@ -16,6 +16,8 @@ from click.testing import CliRunner, Result
 from edgesam_deploy.bundle import GRAPHS, MANIFEST, NODES, load_bundle
 from edgesam_deploy.cli import main
 from edgesam_deploy.files import sha256_file
+from edgesam_deploy.measure.audit import WEIGHTED
+from edgesam_deploy.measure.explain import read_nodes
 from edgesam_deploy.runtime.plans import MAGIC, platform_tag
 
 pytest.importorskip("torch", reason="building needs the export extra")
@@ -78,8 +80,9 @@ def change(bundle: Path, **engines: object) -> None:
 def test_a_kit_is_verified_on_the_host_and_refuses_to_run(kits: Path) -> None:
     kit = load_bundle(kits / "int8")
     assert not kit.compiled
-    assert kit.manifest["results"]["witness"] == "typed graph on onnxruntime"
+    assert kit.manifest["results"]["witness"] == "emulated fp16", "what is not INT8 is FP16"
     assert load_bundle(kits / "fp16").manifest["results"]["witness"] == "emulated fp16"
+    assert load_bundle(kits / "fp32").manifest["results"]["witness"] == "typed graph on onnxruntime"
     result = run("predict", "photo.jpg", "--point", "1,1", "--bundle", kits / "int8")
     assert result.exit_code == 1
     result = run("bench", kits / "int8")
@@ -88,7 +91,7 @@ def test_a_kit_is_verified_on_the_host_and_refuses_to_run(kits: Path) -> None:
     says = f"error: {path} is a kit for 'rtx': finish it on that device with  sam-export compile {path}\n"
     assert result.stderr == says
     result = run("verify", kits / "int8", "--json")
-    assert json.loads(result.stdout)["witness"] == "typed graph on onnxruntime"
+    assert json.loads(result.stdout)["witness"] == "emulated fp16"
 
 
 def test_a_compiled_kit_is_a_whole_bundle(compiled: dict[str, dict[str, object]]) -> None:
@@ -110,17 +113,22 @@ def test_a_compiled_kit_is_a_whole_bundle(compiled: dict[str, dict[str, object]]
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_nothing_is_compiled_otherwise_than_meant(compiled: dict[str, dict[str, object]], precision: str) -> None:
-    """What the graph says is what TensorRT for RTX compiles: by the builder's own list of layers."""
+    """What ``explain`` says of each node is what TensorRT for RTX compiles: by the builder's own list of layers."""
     audits = compiled[precision]["audits"]
     assert isinstance(audits, dict)
     assert set(audits) == set(GRAPHS)
     assert [a["mismatched"] for a in audits.values()] == [[], []]
-    weighted = {r["compiled"] for r in audits["encoder"]["rows"] if r["op"] == "Conv"}
-    assert weighted == {precision}
-    if precision == "int8":
-        convolutions = [r for r in audits["encoder"]["rows"] if r["op"] == "Conv"]
-        assert len(convolutions) == 49, "every convolution of the encoder"
-        assert audits["decoder"]["nodes"] == {"fp32": 247}
+    told = read_nodes(load_bundle(str(compiled[precision]["bundle"]))).graphs
+    for name in GRAPHS:
+        wanted = {record.node: (record.op, record.precision) for record in told[name]}
+        rows = {row["node"]: (row["op"], row["wanted"]) for row in audits[name]["rows"]}
+        assert rows.items() <= wanted.items()
+        assert {*rows, *audits[name]["missing"]} == set(wanted)
+        multiply = [row for row in audits[name]["rows"] if row["op"] in WEIGHTED]
+        assert all(row["compiled"] == row["wanted"] for row in multiply)
+        assert len(multiply) == sum(record.weighted for record in told[name]), "none is folded away unseen"
+    kinds = {row["compiled"] for row in audits["encoder"]["rows"] if row["op"] == "Conv"}
+    assert kinds == ({"int8", "fp16"} if precision == "int8" else {precision}), "its grouped convolutions stay FP16"
 
 
 @needs_no_gpu
@@ -303,4 +311,4 @@ def test_an_audit_needs_the_kits_list_of_nodes(kits: Path, tmp_path: Path) -> No
     (kit / MANIFEST).write_text(json.dumps(manifest))
     done = alone("compile", kit, "--audit")
     assert done.returncode == 1
-    assert f"has no readable {NODES}, which an audit needs" in done.stderr
+    assert f"has no {NODES}, which lists its nodes: build the bundle again" in done.stderr

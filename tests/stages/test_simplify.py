@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,3 +131,34 @@ def test_a_zero_pad_before_maxpool_keeps_its_zeros(tmp_path: Path) -> None:
     with open_session(path) as session:
         out = session.run({"image": np.full((1, 1, 2, 2), -5, dtype=np.float32)})["out"]
     np.testing.assert_array_equal(out[0, 0], [[-5, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_gelu_is_halved_last_and_stays_the_same(tmp_path: Path, swapped: bool) -> None:
+    """x·(0.5·(1+erf)) becomes (x·(1+erf))·0.5: the same numbers to the bit where nothing is fused."""
+    values = {"r": np.float32(2**-0.5), "one": np.float32(1), "half": np.float32(0.5)}
+    factors = ["h", "x"] if swapped else ["x", "h"]
+    nodes = [
+        helper.make_node("Mul", ["x", "r"], ["z"], name="z"),
+        helper.make_node("Erf", ["z"], ["e"], name="e"),
+        helper.make_node("Add", ["e", "one"], ["a"], name="a"),
+        helper.make_node("Mul", ["half", "a"], ["h"], name="h"),
+        helper.make_node("Mul", factors, ["y"], name="y"),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 64]) for n in ("x", "y")]
+    constants = [numpy_helper.from_array(np.array(v), k) for k, v in values.items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:], constants),
+        opset_imports=[helper.make_opsetid("", 19)],
+        ir_version=10,
+    )
+    assert stage.halve_gelu_last(model) == 1
+    assert stage.halve_gelu_last(model) == 0
+    by_name = {n.name: n for n in model.graph.node}
+    assert set(by_name["h"].input) == {"x", "a"}
+    assert set(by_name["y"].input) == {"h", "half"}
+    graphs.save(model, tmp_path / "gelu.onnx", {})
+    x = np.linspace(-4, 4, 64, dtype=np.float32)[None]
+    with open_session(tmp_path / "gelu.onnx") as session:
+        expected = [[v * 0.5 * (1 + math.erf(v / 2**0.5)) for v in x[0]]]
+        np.testing.assert_allclose(session.run({"x": x})["y"], expected, atol=1e-6)

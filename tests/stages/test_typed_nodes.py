@@ -106,6 +106,19 @@ def test_one_quantized_operand_is_not_int8(tmp_path: Path) -> None:
     assert wanted_precisions(path)["b/Conv"] == "fp32"
 
 
+def test_the_cpu_encoding_means_the_same(tmp_path: Path) -> None:
+    """uint8 is INT8 with another zero point; so is a Clip between rounding and reading back, which has no float."""
+    path = write_graph(tmp_path / "typed.onnx")
+    model = onnx.load(path)
+    (zero,) = [i for i in model.graph.initializer if i.name == "zero"]
+    zero.CopyFrom(numpy_helper.from_array(np.array(128, dtype=np.uint8), "zero"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(128, dtype=np.uint8), "low"))
+    model.graph.node.insert(2, helper.make_node("Clip", ["a_q", "low"], ["a_clip"], name="a/Relu"))
+    model.graph.node[3].input[0] = "a_clip"
+    path.write_bytes(model.SerializeToString())
+    assert wanted_precisions(path) == {"a/Conv": "fp32", "a/Relu": "int8", **WANTED}
+
+
 def test_shapes_and_views_are_not_audited(tmp_path: Path) -> None:
     """Shape and Gather compute on integers, Reshape computes nothing; the comparison computes on its float input."""
     nodes = [
