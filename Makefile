@@ -5,6 +5,8 @@ BIN = $(VENV)/bin
 DEMO_PHOTO = edgesam_deploy/assets/photos/verify/kingfisher.jpg
 # On a Jetson the environment must see JetPack's own tensorrt.
 SITE = $(if $(wildcard /etc/nv_tegra_release),--system-site-packages)
+# Processes that run tests, each file in one of them.
+JOBS ?= 2
 # The runtime is also tested on the oldest supported Python (JetPack 6), where one is at hand.
 PYTHON310 ?= $(shell for p in $$HOME/.pyenv/versions/3.10.*/bin/python3.10 python3.10; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 
@@ -17,7 +19,7 @@ demo: $(BIN)/.export
 	$(BIN)/sam-export predict $(DEMO_PHOTO) --bundle engines/cpu/reference-int8 --point 290,180 -o demo/overlay.png
 
 test: $(BIN)/.dev lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 	$(MAKE) --no-print-directory runtime310
 
 lint: $(BIN)/.dev

@@ -52,3 +52,17 @@ def built(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Simple
     return SimpleNamespace(
         bundle=output, stages=output.parent / ".stages" / output.name, result=result, manifest=manifest
     )
+
+
+@pytest.fixture(scope="session")
+def both_ranges(
+    built: SimpleNamespace, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
+    """Calibrated ranges of both graphs of the tiny model; its build needs, and has, the encoder's alone."""
+    from edgesam_deploy.images import list_images
+    from edgesam_deploy.recipe import Int8Rules, load_recipe
+    from edgesam_deploy.stages.calibrate import calibrate
+
+    sources = {name: built.stages / f"simplify-{name}" / f"{name}.onnx" for name in ("encoder", "decoder")}
+    output = tmp_path_factory.mktemp("ranges") / "ranges.json"
+    return dict(calibrate(sources, list_images(PHOTOS / "calibration"), load_recipe(tiny_recipe), Int8Rules(), output))

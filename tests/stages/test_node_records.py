@@ -24,7 +24,7 @@ from edgesam_deploy.measure.explain import read_nodes
 from edgesam_deploy.models.checkpoint import load_model
 from edgesam_deploy.models.session import graph_modules
 from edgesam_deploy.recipe import Int8Rules, Recipe, load_recipe
-from edgesam_deploy.stages.calibrate import Ranges, load_ranges
+from edgesam_deploy.stages.calibrate import Ranges
 from edgesam_deploy.stages.node_records import (
     FLOAT_OUTPUT,
     TOP,
@@ -45,8 +45,8 @@ def recipe(tiny_recipe: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def ranges(built: SimpleNamespace) -> dict[str, Ranges]:
-    return load_ranges(built.stages / "calibrate" / "ranges.json")
+def ranges(both_ranges: dict[str, Ranges]) -> dict[str, Ranges]:
+    return both_ranges
 
 
 @pytest.fixture(scope="module")

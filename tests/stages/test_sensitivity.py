@@ -25,7 +25,7 @@ from edgesam_deploy.runtime import open_session
 from edgesam_deploy.stages import assignments
 from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.assignments import Log
-from edgesam_deploy.stages.calibrate import load_ranges
+from edgesam_deploy.stages.calibrate import Ranges
 from edgesam_deploy.stages.fp16 import emulate_fp16
 from edgesam_deploy.stages.node_work import graph_cost
 from edgesam_deploy.stages.search_cost import adjacent
@@ -35,8 +35,8 @@ from edgesam_deploy.target import Target, load_target
 
 from ..conftest import PHOTOS
 
-IMAGES = list_images(PHOTOS / "calibration")[:2]
-OPTIONS = TuneOptions(min_iou=0.9, images=2, share=0.4, max_evaluations=16, runs=1, backend="onnxruntime")
+IMAGES = list_images(PHOTOS / "calibration")[:1]
+OPTIONS = TuneOptions(min_iou=0.9, images=1, share=0.4, max_evaluations=16, runs=1, backend="onnxruntime")
 KEEP_DECODER = Int8Rules(keep=("decoder", "prompt_encoder"))
 
 
@@ -49,9 +49,9 @@ SLOW = replace(ORIN, devices=(DEVICE,))
 class Run:
     """One call of tune; counts the images that were decoded."""
 
-    def __init__(self, built: SimpleNamespace, recipe: Path, folder: Path) -> None:
+    def __init__(self, built: SimpleNamespace, ranges: dict[str, Ranges], recipe: Path, folder: Path) -> None:
         self.sources = {n: built.stages / f"simplify-{n}" / f"{n}.onnx" for n in ("encoder", "decoder")}
-        self.ranges = load_ranges(built.stages / "calibrate" / "ranges.json")
+        self.ranges = ranges
         self.recipe, self.folder = load_recipe(recipe), folder
         self.bars: list[str] = []
 
@@ -71,8 +71,13 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(built: SimpleNamespace, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return Run(built, tiny_recipe, tmp_path_factory.mktemp("search"))
+def run(
+    built: SimpleNamespace,
+    both_ranges: dict[str, Ranges],
+    tiny_recipe: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    return Run(built, both_ranges, tiny_recipe, tmp_path_factory.mktemp("search"))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def found(run: Run) -> TuneResult:
 def test_it_passes_pays_and_names_its_layers(run: Run, found: TuneResult) -> None:
     chosen = found.search.chosen
     assert chosen is not None
-    assert (found.search.verdict, found.rest, found.images) == ("int8", "fp16", 2)
+    assert (found.search.verdict, found.rest, found.images) == ("int8", "fp16", 1)
     assert found.cost_source == "roofline, Jetson Orin Nano 8GB"
     assert chosen.mask_iou >= 0.9
     assert chosen.cost_ms < found.search.rest.cost_ms
@@ -171,7 +176,7 @@ def test_keep_fp16_where_launches_are_all_there_is(
 
 
 def test_too_strict_a_budget_is_unmet_and_says_what_holds_it_back(run: Run, found: TuneResult) -> None:
-    result = run(replace(OPTIONS, min_iou=1.0, max_evaluations=24))
+    result = run(replace(OPTIONS, min_iou=1.0, max_evaluations=20))
     assert result.search.verdict == "unmet"
     assert result.int8 == {"encoder": (), "decoder": ()}
     assert result.search.closest is not None

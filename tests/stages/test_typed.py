@@ -19,7 +19,7 @@ from edgesam_deploy.files import sha256_file
 from edgesam_deploy.recipe import Int8Rules, PrecisionRules
 from edgesam_deploy.runtime import open_session
 from edgesam_deploy.stages import graph as graphs
-from edgesam_deploy.stages.calibrate import Ranges, load_ranges
+from edgesam_deploy.stages.calibrate import Ranges
 from edgesam_deploy.stages.fp16 import emulate_fp16
 from edgesam_deploy.stages.placement import ATTENTION, DEPTHWISE, POINT_ENCODING, TRANSPOSED, eligible
 from edgesam_deploy.stages.quantize import MIN_SCALE, NEVER_SEEN, NOT_CHOSEN, quantize
@@ -31,8 +31,8 @@ FP16 = Typing("tensorrt", "fp16")
 
 
 @pytest.fixture(scope="module")
-def ranges(built: SimpleNamespace) -> dict[str, Ranges]:
-    return load_ranges(built.stages / "calibrate" / "ranges.json")
+def ranges(both_ranges: dict[str, Ranges]) -> dict[str, Ranges]:
+    return both_ranges
 
 
 def source(built: SimpleNamespace, name: str) -> Path:
