@@ -1,7 +1,7 @@
 """The precision search on the reference model and on a graph of MobileSAM's size: what it finds, and how long it takes.
 
     python benchmarks/search.py [--runs reference:cpu reference:orin-nano-8gb mobile_sam:cpu] [--min-iou 0.98]
-                                [--images 12] [--output benchmarks/results/search]
+                                [--images 12] [--evaluations 120] [--timings 15] [--output benchmarks/results/search]
 
 A run is RECIPE:TARGET. Times of a CPU target are measured on this machine, so run it with nothing else at work; those
 of a device come from operations and bytes (``measure.roofline``). MobileSAM gets seeded random weights, whose masks
@@ -65,15 +65,17 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=RUNS)
     parser.add_argument("--min-iou", type=float, default=0.98)
     parser.add_argument("--images", type=int, default=12)
+    parser.add_argument("--evaluations", type=int, default=120)
+    parser.add_argument("--timings", type=int, default=15, help="runs of each graph that is timed")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/search"))
     options = parser.parse_args()
     for name in options.runs:
         recipe, _, target = name.partition(":")
-        tuning = TuneOptions(min_iou=options.min_iou, images=options.images)
+        tuning = TuneOptions(options.min_iou, options.images, options.evaluations, runs=options.timings)
         result = run(load_recipe(recipe), target, tuning, options.output)
         origin = {
             "command": f"python benchmarks/search.py --runs {name} --min-iou {options.min_iou} "
-            f"--images {options.images}",
+            f"--images {options.images} --evaluations {options.evaluations} --timings {options.timings}",
             "machine": machine(),
             "tools": tool_versions(),
         }

@@ -13,6 +13,11 @@ PHOTOS = REPOSITORY / "edgesam_deploy" / "assets" / "photos"
 TINY_SIZE = 128
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that it is not what the other processes wait for at the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 def tiny_recipe_text() -> str:
     """The reference recipe with image_size 128: the same network and weights, a sixteenth of the work."""
     text = (REPOSITORY / "export" / "reference.toml").read_text(encoding="utf-8")
