@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesam_deploy.bundle import ENGINE_BACKENDS, GRAPHS
-from edgesam_deploy.errors import MissingExtraError, ThresholdError
+from edgesam_deploy.errors import InputError, MissingExtraError, ThresholdError
 from edgesam_deploy.files import sha256_file, write_json
 from edgesam_deploy.measure.latency import machine
 from edgesam_deploy.recipe import Int8Rules, Recipe
@@ -159,7 +159,8 @@ def searched(job: Job, sources: Mapping[str, Path], ranges: Mapping[str, Ranges]
     from edgesam_deploy.stages.sensitivity import load_tune, tune
 
     options = job.search
-    assert options is not None, "called for jobs with a search"
+    if options is None:
+        raise InputError("this job has no search: give it TuneOptions")
 
     def action(folder: Path) -> Mapping[str, Any]:
         result = tune(
