@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgesam_deploy.cli.terminal import json_option, plain, print_json, print_table, say, track
+
+if TYPE_CHECKING:
+    from edgesam_deploy.stages.build import BuildResult
+    from edgesam_deploy.target import Target
 
 
 @click.command("build")
@@ -39,7 +44,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Build and verify a bundle for RECIPE, a name or a .toml file [default: reference]."""
-    from edgesam_deploy.bundle import ENGINE_BACKENDS, check_replaceable
+    from edgesam_deploy.bundle import check_replaceable
     from edgesam_deploy.errors import MissingExtraError, ThresholdError
     from edgesam_deploy.recipe import load_recipe
     from edgesam_deploy.target import load_target
@@ -72,19 +77,7 @@ def command(
     if as_json:
         print_json({**plain(result), "mask_iou": plain(result.accuracy.mask_iou)})
     else:
-        rows = [(r.name, "reused" if r.reused else "done", f"{r.seconds:.1f}", _note(r.detail)) for r in result.stages]
-        print_table(f"{loaded.name} {precision} for {device.name}", ("stage", "state", "seconds", "what"), rows)
-        iou = result.accuracy.mask_iou
-        click.echo(
-            f"mask IoU against PyTorch FP32: mean {iou.mean:.4f}, median {iou.median:.4f}, p5 {iou.p5:.4f}, "
-            f"min {iou.min:.4f} over {iou.count} prompts (threshold {result.min_mask_iou:g})"
-        )
-        click.echo(f"bundle: {result.bundle}")
-        if device.backend in ENGINE_BACKENDS:
-            click.echo(
-                f"this is a kit for {device.name}: copy the folder there and run  sam-export compile "
-                f"{result.bundle.name}"
-            )
+        _show(result, f"{loaded.name} {precision} for {device.name}", device)
     if any(r.reused for r in result.stages):
         say("stages marked 'reused' were up to date; --force redoes them")
     if not result.passed:
@@ -92,6 +85,23 @@ def command(
             f"mask IoU {result.accuracy.mask_iou.mean:.4f} is below the threshold {result.min_mask_iou:g} of recipe "
             f"'{loaded.name}' for {precision}; the bundle is marked unverified. Let a search keep what INT8 harms "
             "(--search), calibrate on images like yours (--calibration), or name layers in precision.int8.keep"
+        )
+
+
+def _show(result: BuildResult, title: str, device: Target) -> None:
+    rows = [(r.name, "reused" if r.reused else "done", f"{r.seconds:.1f}", _note(r.detail)) for r in result.stages]
+    print_table(title, ("stage", "state", "seconds", "what"), rows)
+    iou = result.accuracy.mask_iou
+    click.echo(
+        f"mask IoU against PyTorch FP32: mean {iou.mean:.4f}, median {iou.median:.4f}, p5 {iou.p5:.4f}, "
+        f"min {iou.min:.4f} over {iou.count} prompts (threshold {result.min_mask_iou:g})"
+    )
+    click.echo(f"bundle: {result.bundle}")
+    from edgesam_deploy.bundle import ENGINE_BACKENDS
+
+    if device.backend in ENGINE_BACKENDS:
+        click.echo(
+            f"this is a kit for {device.name}: copy the folder there and run  sam-export compile {result.bundle.name}"
         )
 
 

@@ -34,7 +34,9 @@ def test_a_kit_is_finished_and_audited_without_torch_or_onnx(tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
-    assert "38 int8" in done.stdout, "the reference encoder: 37 convolutions and a pooling; 12 depthwise ones stay FP16"
+    assert "26 fp16, 38 int8, 29 mixed" in done.stdout, (
+        "the reference encoder: 37 convolutions and a pooling; 12 depthwise ones stay FP16"
+    )
     bundle = load_bundle(kit)
     assert bundle.compiled
     assert sorted(p.suffix for p in Path(kit).glob("*.engine")) == [".engine", ".engine"]

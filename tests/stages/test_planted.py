@@ -91,7 +91,7 @@ def test_plain_int8_fails_and_ours_passes(
     plain = type_graph(
         source, planted.ranges["encoder"], PrecisionRules(), Int8Rules(), how, tmp_path / "plain.onnx"
     ).output
-    assert mask_iou_of(plain, decoder, built.bundle) < 0.9
+    assert mask_iou_of(plain, decoder, built.bundle) < 0.8
     equalized = equalize(source, tmp_path / "equalized.onnx")
     assert equalized.largest >= 2.0**4
     rules = Int8Rules(equalize=True)
@@ -126,7 +126,7 @@ def test_channels_that_leave_fp16_stay_fp32(
     ranges = calibrate({"encoder": encoder}, IMAGES, load_recipe(tiny_recipe), Int8Rules(), tmp_path / "ranges.json")
     plain, none = half(encoder, blind(ranges["encoder"]), tmp_path)
     assert none == []
-    assert mask_iou_of(plain, decoder, built.bundle) < 0.9
+    assert mask_iou_of(plain, decoder, built.bundle) < 0.8
     ours, kept = half(encoder, ranges["encoder"], tmp_path)
     assert 1 <= len(kept) <= 4, "only what overflows"
     assert mask_iou_of(ours, decoder, built.bundle) >= 0.99
