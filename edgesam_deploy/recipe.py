@@ -19,6 +19,7 @@ from typing import Any
 
 from edgesam_deploy.contract import Geometry
 from edgesam_deploy.errors import InputError, RecipeError
+from edgesam_deploy.published import Published, parse_published
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,7 +30,21 @@ PACKAGE = Path(__file__).resolve().parent
 PRECISIONS = ("fp32", "fp16", "int8")
 CALIBRATORS = ("minmax", "entropy", "percentile")
 RESIDUAL_ADDS = ("none", "conv", "all")
-_TABLES = ("name", "summary", "model", "checkpoint", "geometry", "pixels", "export", "precision", "verify")
+_TABLES = (
+    "name",
+    "summary",
+    "family",
+    "model",
+    "checkpoint",
+    "geometry",
+    "pixels",
+    "export",
+    "precision",
+    "verify",
+    "published",
+)
+# Facts about the model that shape neither its networks nor its bundles.
+_NOT_IN_DIGEST = ("family", "published")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +171,13 @@ def _check_keep(keep: object) -> None:
 class Recipe:
     """One model, from checkpoint to thresholds. ``digest`` identifies its content.
 
-    int8_entries: what the recipe itself says of INT8; the rest is the target's, or the default (``int8_rules``).
+    family: the models it is listed with, such as "EfficientViT-SAM". int8_entries: what the recipe itself says of INT8;
+    the rest is the target's, or the default (``int8_rules``). published: what its authors say of it.
     """
 
     name: str
     summary: str
+    family: str
     architecture: str
     options: Mapping[str, Any]
     checkpoint: Checkpoint
@@ -170,9 +187,12 @@ class Recipe:
     fp16: PrecisionRules
     int8_entries: Mapping[str, Any]
     min_mask_iou: Mapping[str, float]
+    published: Published
     digest: str = field(compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.family, str) or not self.family.strip():
+            raise RecipeError(f"recipe {self.name}: family must be a text, got {self.family!r}")
         if not 17 <= self.opset <= 20:
             raise RecipeError(
                 f"recipe {self.name}: export.opset must be 17..20 (fused LayerNormalization needs 17, "
@@ -242,6 +262,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
         return Recipe(
             name=str(raw["name"]),
             summary=str(raw["summary"]),
+            family=raw["family"],
             architecture=str(model.pop("architecture")),
             options=model,
             checkpoint=_build(Checkpoint, raw["checkpoint"]),
@@ -251,6 +272,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
             fp16=_build(PrecisionRules, precision.get("fp16", {})),
             int8_entries=dict(precision.get("int8", {})),
             min_mask_iou=dict(raw["verify"]["min_mask_iou"]),
+            published=parse_published(raw.get("published", {})),
             digest=_digest(raw),
         )
     except KeyError as error:
@@ -271,5 +293,6 @@ def _check_entries(what: str, raw: Mapping[str, Any], known: Iterable[str]) -> N
 
 
 def _digest(raw: Mapping[str, Any]) -> str:
-    """sha256 of the content, so that comments and layout do not count as a change."""
-    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+    """sha256 of what shapes the networks and bundles: comments and what others publish do not count as a change."""
+    content = {name: entry for name, entry in raw.items() if name not in _NOT_IN_DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ import pytest
 
 from edgesam_deploy.contract import Geometry, decoder_contract
 from edgesam_deploy.errors import InputError, RecipeError, TargetError
+from edgesam_deploy.published import Published, Quote
 from edgesam_deploy.recipe import available_recipes, load_recipe
 from edgesam_deploy.target import available_targets, load_target
 
@@ -47,6 +48,8 @@ def test_padding_is_the_colour_that_normalises_closest_to_zero() -> None:
         ("[export]", "[precision.int8]\npercentile = true\n[export]", "percentile must be a number in (50, 100]"),
         ("[export]", "[precision.int8]\ndeptwise = true\n[export]", "unknown entries ['deptwise']"),
         ("file = ", 'url = "http://127.0.0.1/x"\nfile = ', "exactly one of"),
+        ('family = "Reference"', "", "the entry 'family' is missing"),
+        ('family = "Reference"', 'family = " "', "family must be a text"),
     ],
 )
 def test_wrong_recipes_are_refused(tiny_recipe: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -54,6 +57,67 @@ def test_wrong_recipes_are_refused(tiny_recipe: Path, tmp_path: Path, old: str, 
     assert old in text
     path = tmp_path / "wrong.toml"
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert message in str(caught.value)
+    assert "wrong.toml" in str(caught.value)
+
+
+PUBLISHED = """
+[published]
+params_m = 9.66
+notes = ["9.8 M elsewhere"]
+
+[published.sources]
+params_m = "the README, table 1"
+
+[[published.accuracy]]
+metric = "COCO val2017, ground-truth boxes, mIoU"
+value = 0.728
+source = "another README"
+"""
+
+
+def test_published_figures_are_read_with_their_sources_and_are_no_part_of_the_digest(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "published.toml"
+    path.write_text(tiny_recipe.read_text(encoding="utf-8") + PUBLISHED, encoding="utf-8")
+    recipe, plain = load_recipe(path), load_recipe(tiny_recipe)
+    assert recipe.published == Published(
+        params_m=9.66,
+        sources={"params_m": "the README, table 1"},
+        accuracy=(Quote("COCO val2017, ground-truth boxes, mIoU", 0.728, "another README"),),
+        notes=("9.8 M elsewhere",),
+    )
+    assert plain.published == Published()
+    assert recipe.digest == plain.digest
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("params_m = 9.66", "params_m = 0", "published.params_m must be a positive number, got 0"),
+        ("params_m = 9.66", "params_m = true", "published.params_m must be a positive number, got True"),
+        ("params_m = 9.66", "params_m = 9.66\nmacs_g = 38.2", "a source for each of ['params_m', 'macs_g']"),
+        ("params_m = 9.66", "", "a source for each of [], got ['params_m']"),
+        ("params_m = 9.66", "flops = 1", "unknown entries ['flops'] for published"),
+        ('"the README, table 1"', '""', "published.sources.params_m must be a text"),
+        ("[published.sources]", "[[published.sources]]", "published.sources must be a table"),
+        ("[[published.accuracy]]", "[published.accuracy]", "published.accuracy must be a list"),
+        ('source = "another README"', "", "published.accuracy: the entry 'source' is missing"),
+        ('source = "another README"', 'sauce = "1"', "unknown entries ['sauce'] for published.accuracy"),
+        ("value = 0.728", 'value = "0.728"', "must be a positive number, got '0.728'"),
+        ("value = 0.728", "value = nan", "must be a positive number, got nan"),
+        ('notes = ["9.8 M elsewhere"]', 'notes = "none"', "published.notes must be a list, got 'none'"),
+    ],
+)
+def test_published_figures_without_a_source_are_refused(
+    tiny_recipe: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in PUBLISHED
+    path = tmp_path / "wrong.toml"
+    path.write_text(tiny_recipe.read_text(encoding="utf-8") + PUBLISHED.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert message in str(caught.value)
