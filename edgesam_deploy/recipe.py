@@ -20,6 +20,7 @@ from typing import Any
 from edgesam_deploy.contract import Geometry
 from edgesam_deploy.errors import InputError, RecipeError
 from edgesam_deploy.published import Published, parse_published
+from edgesam_deploy.weights import Checkpoint, parse_checkpoint
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,29 +46,6 @@ _TABLES = (
 )
 # Facts about the model that shape neither its networks nor its bundles.
 _NOT_IN_DIGEST = ("family", "published")
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Where the weights come from.
-
-    file: a path inside the package (``assets/...``), or None when they are downloaded.
-    url, sha256: the publisher's address and the hash the file must have; sha256 guards a packaged file too.
-    sha256_source: who states that hash. size_bytes: for the progress bar and an early check.
-    """
-
-    sha256: str
-    licence: str
-    sha256_source: str
-    file: str | None = None
-    url: str | None = None
-    size_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.file is None) == (self.url is None):
-            raise RecipeError("checkpoint needs exactly one of 'file' (packaged) and 'url' (downloaded)")
-        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
-            raise RecipeError(f"checkpoint.sha256 must be 64 lower-case hex digits, got {self.sha256!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +243,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
             family=raw["family"],
             architecture=str(model.pop("architecture")),
             options=model,
-            checkpoint=_build(Checkpoint, raw["checkpoint"]),
+            checkpoint=parse_checkpoint(raw.get("checkpoint", {})),
             geometry=_build(Geometry, raw["geometry"]),
             pixels=_build(Pixels, raw["pixels"]),
             opset=int(raw["export"]["opset"]),

@@ -119,7 +119,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("device", "masks", "prompts"),
     ("transforms", "target"),
     ("download", "images", "recipe"),
-    ("files", "published"),
+    ("files", "published", "weights"),
     ("contract",),
     ("errors",),
 )

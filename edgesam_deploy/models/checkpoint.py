@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 def checkpoint_path(recipe: Recipe) -> Path:
     """The recipe's own checkpoint as a local file with the right sha256: packaged, cached, or downloaded now."""
     source = recipe.checkpoint
-    if source.url is not None:
+    if source.url is not None and source.sha256 is not None:
         return fetch(source.url, source.sha256, source.size_bytes)
-    path = PACKAGE / str(source.file)
+    if source.file is None:
+        raise CheckpointError(f"recipe {recipe.name} has no published weights: give yours with --checkpoint FILE")
+    path = PACKAGE / source.file
     if not path.is_file():
         raise CheckpointError(f"the packaged checkpoint {path} is missing; install edgesam-deploy again")
     found = sha256_file(path)
