@@ -26,8 +26,8 @@ from pycocotools.coco import COCO
 from edgesam_deploy.bundle import Bundle, load_bundle, open_graphs
 from edgesam_deploy.files import write_json
 from edgesam_deploy.measure.accuracy import AccuracyResult, answer, compare, default_prompts
+from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import checkpoint_path, load_model
-from edgesam_deploy.models.session import reference_predictor
 from edgesam_deploy.predictor import Predictor
 from edgesam_deploy.recipe import PRECISIONS, Recipe, load_recipe
 from edgesam_deploy.runtime import SessionOptions

@@ -29,9 +29,8 @@ from edgesam_deploy.contract import contracts
 from edgesam_deploy.errors import EdgeSAMError
 from edgesam_deploy.files import write_json
 from edgesam_deploy.measure.latency import machine
-from edgesam_deploy.models import build_model
+from edgesam_deploy.models import build_model, graph_modules
 from edgesam_deploy.models.checkpoint import load_model
-from edgesam_deploy.models.session import graph_modules
 from edgesam_deploy.recipe import PACKAGE, PrecisionRules, Recipe, load_recipe
 from edgesam_deploy.runtime.cuda import IMPLEMENTATIONS, open_cuda
 from edgesam_deploy.stages import graph as graphs
@@ -135,7 +134,7 @@ def latencies(recipe: Recipe, seconds: float, folder: Path) -> list[dict[str, An
     model, weights = model_of(recipe)
     for name, proto in export_model(model, recipe).items():
         graphs.save(proto, folder / f"{name}.onnx", {})
-    modules = dict(zip(("encoder", "decoder"), graph_modules(model), strict=True))
+    modules = dict(zip(("encoder", "decoder"), graph_modules(model, recipe), strict=True))
     for name, module in modules.items():
         fp32, fp16 = folder / f"{name}.simple.onnx", folder / f"{name}.fp16.onnx"
         simplify(folder / f"{name}.onnx", fp32)

@@ -32,8 +32,8 @@ from edgesam_deploy.files import write_json
 from edgesam_deploy.images import list_images, read_image
 from edgesam_deploy.measure.accuracy import SIZE_CLASSES, Answers, answer, measure, size_class, summarize_answers
 from edgesam_deploy.measure.latency import machine
+from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import checkpoint_path, load_model
-from edgesam_deploy.models.session import reference_predictor
 from edgesam_deploy.predictor import Predictor
 from edgesam_deploy.recipe import CALIBRATORS, Int8Rules, Recipe, load_recipe
 from edgesam_deploy.runtime import SessionOptions, open_session

@@ -28,8 +28,8 @@ from edgesam_deploy.files import sha256_file, write_json
 from edgesam_deploy.images import read_image
 from edgesam_deploy.masks import MASK_THRESHOLD, mask_iou
 from edgesam_deploy.measure.accuracy import size_class
+from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import load_model
-from edgesam_deploy.models.session import reference_predictor
 from edgesam_deploy.predictor import Predictor
 from edgesam_deploy.prompts import check_prompts
 from edgesam_deploy.recipe import PACKAGE, load_recipe

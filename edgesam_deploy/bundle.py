@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edgesam_deploy.contract import IMAGE_EMBEDDINGS, Geometry
+from edgesam_deploy.contract import Geometry, encoder_contract
 from edgesam_deploy.errors import BundleError, InputError, OutputError
 from edgesam_deploy.files import sha256_file
 from edgesam_deploy.recipe import PACKAGE, PRECISIONS, Pixels
@@ -128,7 +128,7 @@ class Bundle:
         if self.backend in ENGINE_BACKENDS:
             trusted = self._check_engines(cuda).version_compatible
             files = {name: self.engine(name) for name in GRAPHS}
-        stay = (IMAGE_EMBEDDINGS,) if embedding_on_device else ()
+        stay = tuple(s.name for s in encoder_contract(self.geometry).outputs) if embedding_on_device else ()
         options = SessionOptions(threads, cuda, cuda_graph, stay, host_code=trusted)
         how = {name: (self.backends[name], replace(options, bf16=self.bf16[name])) for name in GRAPHS}
         with open_predictor(files, how, self.geometry, self.pixels) as predictor:

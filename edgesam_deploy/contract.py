@@ -4,7 +4,7 @@ This is the only home of tensor names. A shape entry is an ``int`` or the name o
 ``prompts`` (B, prompts answered in one call) and ``points`` (N, points of one prompt). With the geometry's
 ``image_size`` S, ``embedding_size`` E and ``embedding_channels`` C:
 
-    encoder   image            (1, 3, S, S)     uint8    RGB, resized and padded with the mean colour
+    encoder   image            (1, 3, S, S)     uint8    RGB, resized (``resize``) and padded with the mean colour
            -> image_embeddings (1, C, E, E)     float32
     decoder   image_embeddings (1, C, E, E)     float32
               point_coords     (B, N, 2)        float32  (x, y), model frame (pixels of prompt_size)
@@ -13,6 +13,12 @@ This is the only home of tensor names. A shape entry is an ``int`` or the name o
               has_mask_input   (1,)             float32  0 or 1
            -> low_res_masks    (B, M, 4E, 4E)   float32  logits; M = num_masks, mask 0 is the single-mask answer
               iou_predictions  (B, M)           float32  the model's own estimate
+
+Two named variants, which a geometry asks for:
+
+    points    ``mask_input = false``: the decoder takes neither mask_input nor has_mask_input (EdgeSAM, EfficientSAM)
+    high-res  ``high_res_channels = [C0, C1]``: beside image_embeddings the encoder gives, and the decoder takes,
+              high_res_feats_0 (1, C0, 4E, 4E) and high_res_feats_1 (1, C1, 2E, 2E), float32 (SAM 2, EdgeTAM)
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from edgesam_deploy.errors import InputError
 
 IMAGE = "image"
 IMAGE_EMBEDDINGS = "image_embeddings"
+HIGH_RES_FEATS = ("high_res_feats_0", "high_res_feats_1")
 POINT_COORDS = "point_coords"
 POINT_LABELS = "point_labels"
 MASK_INPUT = "mask_input"
@@ -40,6 +47,13 @@ LABEL_BOX_TOP_LEFT = 2
 LABEL_BOX_BOTTOM_RIGHT = 3
 LABEL_PADDING = -1
 
+# How an image becomes the square encoder input: SAM scales the longer side to S and pads; SAM 2 and EfficientSAM scale
+# both sides to S.
+LONGEST_SIDE, STRETCH = RESIZES = ("longest_side", "stretch")
+# Which of the M masks answers where one is asked for: the first, trained for that (SAM); the one of the highest
+# predicted IoU, all being candidates (EfficientSAM); the first if it is stable, else the best of the others (SAM 2).
+FIRST, BEST, STABLE = SINGLE_MASKS = ("first", "best", "stable")
+
 # SAM's mask decoder upscales the embedding by two transposed convolutions of stride 2.
 MASK_UPSCALE = 4
 
@@ -53,6 +67,10 @@ class Geometry:
     embedding_size: E, side of image_embeddings.
     embedding_channels: C, channels of image_embeddings.
     num_masks: M, masks the decoder returns: the single mask and the multimask candidates.
+    resize: "longest_side" or "stretch", how an image becomes the encoder input (``transforms``).
+    mask_input: whether the decoder takes a mask as a prompt.
+    high_res_channels: of the two finer feature maps that the encoder hands to the decoder, () where there are none.
+    single_mask: "first", "best" or "stable", which mask is the single answer (``predictor``).
     """
 
     image_size: int
@@ -60,9 +78,14 @@ class Geometry:
     embedding_size: int
     embedding_channels: int
     num_masks: int
+    resize: str = LONGEST_SIDE
+    mask_input: bool = True
+    high_res_channels: tuple[int, ...] = ()
+    single_mask: str = FIRST
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        self._check_variant()
+        for name in ("image_size", "prompt_size", "embedding_size", "embedding_channels", "num_masks"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise InputError(f"geometry.{name} must be a positive integer, got {value!r}")
@@ -70,6 +93,31 @@ class Geometry:
             raise InputError(
                 f"geometry.image_size ({self.image_size}) must be a multiple of embedding_size ({self.embedding_size})"
             )
+
+    def _check_variant(self) -> None:
+        for name, known in (("resize", RESIZES), ("single_mask", SINGLE_MASKS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"geometry.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not isinstance(self.mask_input, bool):
+            raise InputError(f"geometry.mask_input must be true or false, got {self.mask_input!r}")
+        channels = self.high_res_channels
+        # A list, as JSON and TOML have it, is taken for the same.
+        object.__setattr__(self, "high_res_channels", tuple(channels) if isinstance(channels, list) else channels)
+        if (
+            not isinstance(self.high_res_channels, tuple)
+            or len(self.high_res_channels) not in (0, len(HIGH_RES_FEATS))
+            or not all(isinstance(c, int) and not isinstance(c, bool) and c > 0 for c in self.high_res_channels)
+        ):
+            raise InputError(
+                f"geometry.high_res_channels must be two positive integers, or none, got {self.high_res_channels!r}"
+            )
+
+    @property
+    def variant(self) -> str:
+        """Of the contract: "sam", "points" or "high-res"."""
+        if self.high_res_channels:
+            return "high-res"
+        return "sam" if self.mask_input else "points"
 
     @property
     def mask_size(self) -> int:
@@ -101,18 +149,21 @@ class GraphContract:
 
 
 def encoder_contract(geometry: Geometry) -> GraphContract:
-    return GraphContract((_image(geometry),), (_embeddings(geometry),))
+    return GraphContract((_image(geometry),), _embeddings(geometry))
 
 
 def decoder_contract(geometry: Geometry) -> GraphContract:
     side = geometry.mask_size
+    mask = (
+        TensorSpec(MASK_INPUT, "float32", (PROMPTS_AXIS, 1, side, side)),
+        TensorSpec(HAS_MASK_INPUT, "float32", (1,)),
+    )
     return GraphContract(
         (
-            _embeddings(geometry),
+            *_embeddings(geometry),
             TensorSpec(POINT_COORDS, "float32", (PROMPTS_AXIS, POINTS_AXIS, 2)),
             TensorSpec(POINT_LABELS, "float32", (PROMPTS_AXIS, POINTS_AXIS)),
-            TensorSpec(MASK_INPUT, "float32", (PROMPTS_AXIS, 1, side, side)),
-            TensorSpec(HAS_MASK_INPUT, "float32", (1,)),
+            *(mask if geometry.mask_input else ()),
         ),
         (
             TensorSpec(LOW_RES_MASKS, "float32", (PROMPTS_AXIS, geometry.num_masks, side, side)),
@@ -130,6 +181,11 @@ def _image(geometry: Geometry) -> TensorSpec:
     return TensorSpec(IMAGE, "uint8", (1, 3, geometry.image_size, geometry.image_size))
 
 
-def _embeddings(geometry: Geometry) -> TensorSpec:
+def _embeddings(geometry: Geometry) -> tuple[TensorSpec, ...]:
+    """What the encoder hands to the decoder, coarsest first."""
     side = geometry.embedding_size
-    return TensorSpec(IMAGE_EMBEDDINGS, "float32", (1, geometry.embedding_channels, side, side))
+    finer = zip(HIGH_RES_FEATS, geometry.high_res_channels, (4 * side, 2 * side), strict=False)
+    return (
+        TensorSpec(IMAGE_EMBEDDINGS, "float32", (1, geometry.embedding_channels, side, side)),
+        *(TensorSpec(name, "float32", (1, channels, size, size)) for name, channels, size in finer),
+    )

@@ -5,27 +5,46 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from edgesam_deploy.contract import LONGEST_SIDE, STRETCH
 from edgesam_deploy.transforms import resized_hw
 
 MASK_THRESHOLD = 0.0
+# Of SAM 2's image predictor (sam2/build_sam.py, dynamic_multimask_stability_delta).
+STABILITY_DELTA = 0.05
 
 
 def upscale_logits(
-    low_res: npt.NDArray[np.floating], original_hw: tuple[int, int], image_size: int
+    low_res: npt.NDArray[np.floating], original_hw: tuple[int, int], side: int, resize: str = LONGEST_SIDE
 ) -> npt.NDArray[np.float32]:
     """(...,4E,4E) logits -> (...,H,W) float32 logits in the original frame.
 
-    SAM's two steps (``Sam.postprocess_masks``): bilinear to the padded S×S square, crop the padding, bilinear to the
+    side: of the square in the model frame (prompt_size). resize: "stretch" has no padding and goes there in one
+    bilinear step (``SAM2Transforms.postprocess_masks``).
+    SAM's two steps (``Sam.postprocess_masks``): bilinear to the padded square, crop the padding, bilinear to the
     original size; both without antialiasing (torch ``interpolate(..., align_corners=False)``). Each step is
     separable, so both are composed into one small matrix per axis: M_y · logits · M_xᵀ. Where the second step follows
     the crop, its border clamps to the cropped square, exactly as torch's does.
     """
-    input_hw = resized_hw(original_hw, image_size)
-    side_y, side_x = low_res.shape[-2:]
-    rows = _axis_matrix(side_y, image_size, input_hw[0], original_hw[0])
-    cols = _axis_matrix(side_x, image_size, input_hw[1], original_hw[1])
+    low_y, low_x = low_res.shape[-2:]
+    if resize == STRETCH:
+        rows = _interpolate_rows(np.eye(low_y), original_hw[0]).astype(np.float32)
+        cols = _interpolate_rows(np.eye(low_x), original_hw[1]).astype(np.float32)
+    else:
+        input_hw = resized_hw(original_hw, side)
+        rows = _axis_matrix(low_y, side, input_hw[0], original_hw[0])
+        cols = _axis_matrix(low_x, side, input_hw[1], original_hw[1])
     upscaled: npt.NDArray[np.float32] = np.matmul(rows, np.matmul(low_res.astype(np.float32, copy=False), cols.T))
     return upscaled
+
+
+def stability_scores(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """(B,h,w) logits -> (B,): IoU of the masks cut a little above and a little below the threshold; 1 where empty.
+
+    ``MaskDecoder._get_stability_scores`` of SAM 2.
+    """
+    flat = logits.reshape(len(logits), -1)
+    inner, outer = (np.count_nonzero(flat > MASK_THRESHOLD + d, axis=1) for d in (STABILITY_DELTA, -STABILITY_DELTA))
+    return np.where(outer > 0, inner / np.maximum(outer, 1), 1.0)
 
 
 def mask_iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:

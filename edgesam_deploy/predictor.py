@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,14 @@ import numpy.typing as npt
 from edgesam_deploy import contract
 from edgesam_deploy.contract import Geometry
 from edgesam_deploy.errors import ImageError, InputError, PromptError
-from edgesam_deploy.masks import MASK_THRESHOLD, upscale_logits
+from edgesam_deploy.masks import MASK_THRESHOLD, stability_scores, upscale_logits
 from edgesam_deploy.prompts import Prompts, check_prompts, encode_prompts
 from edgesam_deploy.recipe import Pixels
 from edgesam_deploy.runtime import Session, Tensor
 from edgesam_deploy.transforms import to_encoder_input
+
+# SAM 2's single mask gives way to a candidate below it (sam2/build_sam.py, dynamic_multimask_stability_thresh).
+MIN_STABILITY = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,9 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class _Embedded:
-    """The image that prompts refer to. embeddings: an array, or what the encoder's backend keeps on its device."""
+    """The image that prompts refer to. features: the encoder's outputs by name, as arrays or kept on its device."""
 
-    embeddings: Tensor
+    features: Mapping[str, Tensor]
     original_hw: tuple[int, int]
 
 
@@ -62,7 +65,7 @@ class Predictor:
         """Embed an image (H,W,3) uint8, channels in ``image_format`` order ("RGB" or "BGR")."""
         original_hw = (image.shape[0], image.shape[1]) if getattr(image, "ndim", 0) == 3 else (0, 0)
         feeds = self.preprocess(image, image_format)
-        self._embedded = _Embedded(self.encoder.run(feeds)[contract.IMAGE_EMBEDDINGS], original_hw)
+        self._embedded = _Embedded(self.encoder.run(feeds), original_hw)
 
     def reset_image(self) -> None:
         """Forget the image."""
@@ -70,7 +73,7 @@ class Predictor:
 
     def get_image_embedding(self) -> npt.NDArray[np.float32]:
         """image_embeddings (1,C,E,E) float32 of the current image."""
-        return np.asarray(self._current().embeddings)
+        return np.asarray(self._current().features[contract.IMAGE_EMBEDDINGS])
 
     def predict(
         self,
@@ -90,10 +93,7 @@ class Predictor:
         """
         current = self._current()
         prompts = check_prompts(point_coords, point_labels, box, current.original_hw)
-        masks, iou = self._decode(current, prompts, mask_input)
-        # Mask 0 was trained for unambiguous prompts, the others as a choice (mask_decoder.MaskDecoder.forward).
-        chosen = slice(1, None) if multimask_output else slice(0, 1)
-        masks, iou = masks[:, chosen], iou[:, chosen]
+        masks, iou = self._choose(*self._decode(current, prompts, mask_input), multimask_output)
         logits = self.postprocess(masks, current.original_hw)
         answer = logits if return_logits else logits > MASK_THRESHOLD
         if prompts.batched:
@@ -110,11 +110,13 @@ class Predictor:
         if image_format not in ("RGB", "BGR"):
             raise InputError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
         rgb = image if image_format == "RGB" else np.ascontiguousarray(image[..., ::-1])
-        return {contract.IMAGE: to_encoder_input(rgb, self.geometry.image_size, self.pixels.padding)}
+        return {
+            contract.IMAGE: to_encoder_input(rgb, self.geometry.image_size, self.pixels.padding, self.geometry.resize)
+        }
 
     def postprocess(self, low_res: npt.NDArray[np.float32], original_hw: tuple[int, int]) -> npt.NDArray[np.float32]:
         """(B,M,4E,4E) logits -> (B,M,H,W) logits in the original frame."""
-        return upscale_logits(low_res, original_hw, self.geometry.image_size)
+        return upscale_logits(low_res, original_hw, self.geometry.prompt_size, self.geometry.resize)
 
     def decode(self, prompts: Prompts) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """All M masks of checked prompts: low_res_masks (B,M,4E,4E) and iou_predictions (B,M)."""
@@ -123,11 +125,14 @@ class Predictor:
     def decoder_feeds(self, prompts: Prompts, mask_input: npt.NDArray[np.float32] | None = None) -> dict[str, Tensor]:
         """The decoder's feeds for checked prompts on the current image."""
         current = self._current()
-        coords, labels = encode_prompts(prompts, current.original_hw, self.geometry.prompt_size)
+        coords, labels = encode_prompts(prompts, current.original_hw, self.geometry.prompt_size, self.geometry.resize)
+        feeds = {**current.features, contract.POINT_COORDS: coords, contract.POINT_LABELS: labels}
+        if not self.geometry.mask_input:
+            if mask_input is not None:
+                raise PromptError("this model takes no mask as a prompt: give points or a box")
+            return feeds
         return {
-            contract.IMAGE_EMBEDDINGS: current.embeddings,
-            contract.POINT_COORDS: coords,
-            contract.POINT_LABELS: labels,
+            **feeds,
             contract.MASK_INPUT: self._mask_feed(prompts, mask_input),
             contract.HAS_MASK_INPUT: np.array([mask_input is not None], dtype=np.float32),
         }
@@ -139,6 +144,23 @@ class Predictor:
             raise PromptError("predict needs a prompt: points with labels, a box, or a mask_input")
         out = self.decoder.run(self.decoder_feeds(prompts, mask_input))
         return out[contract.LOW_RES_MASKS], out[contract.IOU_PREDICTIONS]
+
+    def _choose(
+        self, masks: npt.NDArray[np.float32], iou: npt.NDArray[np.float32], multimask_output: bool
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Of all M masks (B,M,4E,4E) and their iou_predictions (B,M): the candidates, or the single answer (B,1,…)."""
+        rule = self.geometry.single_mask
+        # Mask 0 was trained for unambiguous prompts, the others as a choice (mask_decoder.MaskDecoder.forward).
+        candidates = 0 if rule == contract.BEST else 1
+        if multimask_output:
+            return masks[:, candidates:], iou[:, candidates:]
+        index = np.zeros(len(masks), dtype=np.intp)
+        if rule != contract.FIRST:
+            index = candidates + iou[:, candidates:].argmax(axis=1)
+        if rule == contract.STABLE:
+            index = np.where(stability_scores(masks[:, 0]) >= MIN_STABILITY, 0, index)
+        rows = np.arange(len(masks))
+        return masks[rows, index][:, None], iou[rows, index][:, None]
 
     def _mask_feed(self, prompts: Prompts, mask_input: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
         side = self.geometry.mask_size

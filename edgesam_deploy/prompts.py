@@ -13,6 +13,7 @@ from edgesam_deploy.contract import (
     LABEL_BOX_TOP_LEFT,
     LABEL_FOREGROUND,
     LABEL_PADDING,
+    LONGEST_SIDE,
 )
 from edgesam_deploy.errors import PromptError
 from edgesam_deploy.transforms import coords_to_model
@@ -72,7 +73,7 @@ def check_prompts(
 
 
 def encode_prompts(
-    prompts: Prompts, original_hw: tuple[int, int], prompt_size: int
+    prompts: Prompts, original_hw: tuple[int, int], prompt_size: int, resize: str = LONGEST_SIDE
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Prompts -> point_coords (B,N,2) float32 in the model frame and point_labels (B,N) float32.
 
@@ -83,10 +84,10 @@ def encode_prompts(
     labels: list[npt.NDArray[np.float32]] = []
     batch = prompts.count
     if prompts.point_coords is not None and prompts.point_labels is not None:
-        coords.append(coords_to_model(prompts.point_coords, original_hw, prompt_size))
+        coords.append(coords_to_model(prompts.point_coords, original_hw, prompt_size, resize))
         labels.append(prompts.point_labels.astype(np.float32))
     if prompts.boxes is not None:
-        coords.append(coords_to_model(prompts.boxes.reshape(batch, 2, 2), original_hw, prompt_size))
+        coords.append(coords_to_model(prompts.boxes.reshape(batch, 2, 2), original_hw, prompt_size, resize))
         corners = np.array([LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT], dtype=np.float32)
         labels.append(np.tile(corners, (batch, 1)))
     elif prompts.point_coords is not None:

@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -206,7 +206,7 @@ class Trainer:
         stride = recipe.geometry.image_size // recipe.geometry.embedding_size
         if options.size % (2 * stride):
             raise InputError(f"--size must be a multiple of {2 * stride}, got {options.size}")
-        self.sam = build_model(recipe)
+        self.sam = cast(Sam, build_model(recipe))
         weights = read_state_dict(options.init)
         require_finite(weights, f"{options.init}")
         self.sam.load_state_dict(weights)

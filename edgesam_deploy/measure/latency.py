@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesam_deploy.bundle import Bundle
-from edgesam_deploy.contract import IMAGE_EMBEDDINGS, LOW_RES_MASKS
+from edgesam_deploy.contract import LOW_RES_MASKS
 from edgesam_deploy.errors import InputError
 from edgesam_deploy.masks import MASK_THRESHOLD
 from edgesam_deploy.measure.memory import peak_rss_mb
@@ -101,9 +101,9 @@ def measure_latency(
             marks = [time.perf_counter()]
             feeds = predictor.preprocess(image)
             marks.append(time.perf_counter())
-            embeddings = predictor.encoder.run(feeds)[IMAGE_EMBEDDINGS]
+            features = predictor.encoder.run(feeds)
             marks.append(time.perf_counter())
-            low_res = predictor.decoder.run({**decoder_feeds, IMAGE_EMBEDDINGS: embeddings})[LOW_RES_MASKS]
+            low_res = predictor.decoder.run({**decoder_feeds, **features})[LOW_RES_MASKS]
             marks.append(time.perf_counter())
             _ = predictor.postprocess(low_res[0, :1], hw) > MASK_THRESHOLD
             marks.append(time.perf_counter())

@@ -1,36 +1,42 @@
-"""Torch side: build a recipe's model and load its checkpoint.
+"""Torch side: build a recipe's model, its exported modules and its reference.
 
-Every builder returns ``segment_anything.modeling.Sam``, the container whose state dict keys
-(``image_encoder.* prompt_encoder.* mask_decoder.*``) all published checkpoints of the family share.
+Most builders return ``segment_anything.modeling.Sam``, the container whose state dict keys
+(``image_encoder.* prompt_encoder.* mask_decoder.*``) most published checkpoints of the family share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from torch import nn
 
+from edgesam_deploy.contract import contracts
 from edgesam_deploy.errors import RecipeError
 from edgesam_deploy.models import mobile_sam, sam_vit, timm_fpn
+from edgesam_deploy.models.architecture import Architecture
+from edgesam_deploy.models.session import PyTorchSession
+from edgesam_deploy.predictor import Predictor
 from edgesam_deploy.recipe import Recipe
 
-if TYPE_CHECKING:
-    from segment_anything.modeling import Sam
-
-BUILDERS: dict[str, Callable[[Recipe], Sam]] = {
-    "mobile_sam": mobile_sam.build,
-    "sam_vit": sam_vit.build,
-    "timm_fpn": timm_fpn.build,
+ARCHITECTURES: dict[str, Architecture] = {
+    "mobile_sam": mobile_sam.ARCHITECTURE,
+    "sam_vit": sam_vit.ARCHITECTURE,
+    "timm_fpn": timm_fpn.ARCHITECTURE,
 }
 
 
-def build_model(recipe: Recipe) -> Sam:
-    """The recipe's network in eval mode with initial (not trained) weights, float32 on the CPU."""
+def architecture(recipe: Recipe) -> Architecture:
+    """The recipe's network family. Raises RecipeError for one that this version does not know."""
     try:
-        builder = BUILDERS[recipe.architecture]
+        return ARCHITECTURES[recipe.architecture]
     except KeyError:
         raise RecipeError(
-            f"recipe {recipe.name}: unknown architecture '{recipe.architecture}', expected one of {sorted(BUILDERS)}"
+            f"recipe {recipe.name}: unknown architecture '{recipe.architecture}', expected one of "
+            f"{sorted(ARCHITECTURES)}"
         ) from None
+
+
+def build_model(recipe: Recipe) -> nn.Module:
+    """The recipe's network in eval mode with initial (not trained) weights, float32 on the CPU."""
+    builder = architecture(recipe).build
     try:
         return builder(recipe).eval()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -38,3 +44,23 @@ def build_model(recipe: Recipe) -> Sam:
         raise RecipeError(
             f"recipe {recipe.name}: [model] does not describe a '{recipe.architecture}': {reason}"
         ) from error
+
+
+def graph_modules(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+    """The two modules that are exported, in eval mode."""
+    family = architecture(recipe)
+    return family.encoder_graph(model, recipe).eval(), family.decoder_graph(model, recipe).eval()
+
+
+def reference_predictor(model: nn.Module, recipe: Recipe) -> Predictor:
+    """A Predictor that runs the network's own modules, unchanged, in float32.
+
+    Not the rearranged modules that are exported: what those changed must show when the two are compared.
+    """
+    graphs, family = contracts(recipe.geometry), architecture(recipe)
+    return Predictor(
+        PyTorchSession(family.reference_encoder(model, recipe), graphs["encoder"]),
+        PyTorchSession(family.reference_decoder(model, recipe), graphs["decoder"]),
+        recipe.geometry,
+        recipe.pixels,
+    )

@@ -13,6 +13,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from edgesam_deploy.errors import RecipeError
+from edgesam_deploy.models.architecture import Architecture
 from edgesam_deploy.models.sam import assemble, options
 from edgesam_deploy.models.tiny_vit import MBConv, PatchEmbed, PatchMerging, Stage, TinyVitBlock
 from edgesam_deploy.recipe import Recipe
@@ -81,3 +82,6 @@ def build(recipe: Recipe) -> Sam:
             f"{STRIDE} * embedding_size = {STRIDE * geometry.embedding_size}, got {geometry.image_size}"
         )
     return assemble(MobileSamEncoder(**sizes, channels=geometry.embedding_channels), recipe)
+
+
+ARCHITECTURE = Architecture(build)

@@ -7,6 +7,7 @@ from functools import partial
 from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import nn
 
+from edgesam_deploy.models.architecture import Architecture
 from edgesam_deploy.models.sam import assemble, options
 from edgesam_deploy.recipe import Recipe
 
@@ -29,3 +30,6 @@ def build(recipe: Recipe) -> Sam:
         global_attn_indexes=tuple(given["global_attn_indexes"]),
     )
     return assemble(encoder, recipe)
+
+
+ARCHITECTURE = Architecture(build)

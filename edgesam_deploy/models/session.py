@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from edgesam_deploy.contract import LABEL_BOX_TOP_LEFT, GraphContract, contracts
-from edgesam_deploy.models.graphs import DecoderGraph, EncoderGraph
-from edgesam_deploy.predictor import Predictor
+from edgesam_deploy.contract import LABEL_BOX_TOP_LEFT, LONGEST_SIDE, GraphContract
 from edgesam_deploy.recipe import Recipe
-
-if TYPE_CHECKING:
-    from segment_anything.modeling import Sam
 
 
 class PyTorchSession:
@@ -45,52 +40,40 @@ class PyTorchSession:
         return {spec.name: value.numpy() for spec, value in zip(self._contract.outputs, values, strict=True)}
 
 
-def reference_predictor(model: Sam, recipe: Recipe) -> Predictor:
-    """A Predictor that runs segment-anything's own modules, unchanged, in float32.
-
-    Not the rearranged modules that are exported: what those changed must show when the two are compared.
-    """
-    graphs = contracts(recipe.geometry)
-    return Predictor(
-        PyTorchSession(ReferenceEncoder(model), graphs["encoder"]),
-        PyTorchSession(ReferenceDecoder(model), graphs["decoder"]),
-        recipe.geometry,
-        recipe.pixels,
-    )
-
-
 class ReferenceEncoder(nn.Module):
-    """image (1,3,S,S) uint8 -> image_embeddings, by ``Sam.preprocess`` and ``Sam.image_encoder``.
+    """image (1,3,S,S) uint8 -> what the network's own image_encoder gives, its pixels normalised as ``Sam.preprocess``.
 
     The padding colour becomes SAM's 0, as in the exported graph (``graphs.EncoderGraph``).
     """
 
-    def __init__(self, model: Sam) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
-        self.model = model
+        self.image_encoder: Any = model.image_encoder
+        self.mean, self.std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (recipe.pixels.mean, recipe.pixels.std))
+        self.padded = recipe.geometry.resize == LONGEST_SIDE
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
         pixels = image.float()
-        normalised = self.model.preprocess(pixels)
-        return cast(
-            Tensor, self.model.image_encoder(normalised.masked_fill(pixels == self.model.pixel_mean.round(), 0.0))
-        )
+        normalised = (pixels - self.mean) / self.std
+        if self.padded:
+            normalised = normalised.masked_fill(pixels == self.mean.round(), 0.0)
+        return cast("Tensor | tuple[Tensor, ...]", self.image_encoder(normalised))
 
 
 class ReferenceDecoder(nn.Module):
     """The decoder contract on segment-anything's PromptEncoder and MaskDecoder."""
 
-    def __init__(self, model: Sam) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(
         self,
         image_embeddings: Tensor,
         point_coords: Tensor,
         point_labels: Tensor,
-        mask_input: Tensor,
-        has_mask_input: Tensor,
+        mask_input: Tensor | None = None,
+        has_mask_input: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         prompt_encoder, mask_decoder = self.model.prompt_encoder, self.model.mask_decoder
         # Upstream embeds clicks and boxes by two functions; in the contract a box is the last two points.
@@ -99,7 +82,7 @@ class ReferenceDecoder(nn.Module):
         if clicks < point_coords.shape[1]:
             corners = prompt_encoder._embed_boxes(point_coords[:, clicks:].reshape(-1, 4))
             sparse = torch.cat([sparse, corners], dim=1)
-        if bool(has_mask_input.any()):
+        if mask_input is not None and has_mask_input is not None and bool(has_mask_input.any()):
             dense = prompt_encoder._embed_masks(mask_input)
         else:
             dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(
@@ -107,8 +90,3 @@ class ReferenceDecoder(nn.Module):
             )
         masks, iou = mask_decoder.predict_masks(image_embeddings, prompt_encoder.get_dense_pe(), sparse, dense)
         return masks, iou
-
-
-def graph_modules(model: Sam) -> tuple[EncoderGraph, DecoderGraph]:
-    """The two modules that are exported, in eval mode."""
-    return EncoderGraph(model).eval(), DecoderGraph(model).eval()

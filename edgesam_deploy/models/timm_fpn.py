@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgesam_deploy.errors import RecipeError
+from edgesam_deploy.models.architecture import Architecture
 from edgesam_deploy.models.sam import assemble, options
 from edgesam_deploy.recipe import Recipe
 
@@ -55,3 +56,6 @@ def build(recipe: Recipe) -> Sam:
     """Options: backbone, the name of a timm model with features at strides 8, 16 and 32."""
     encoder = TimmFpnEncoder(str(options(recipe, "backbone")["backbone"]), recipe.geometry.embedding_channels)
     return assemble(encoder, recipe)
+
+
+ARCHITECTURE = Architecture(build)

@@ -73,7 +73,8 @@ def correct_biases(
 
     def feeds() -> Iterator[dict[str, npt.NDArray[Any]]]:
         for path in images:
-            yield {IMAGE: to_encoder_input(read_image(path), recipe.geometry.image_size, recipe.pixels.padding)}
+            size, padding, resize = recipe.geometry.image_size, recipe.pixels.padding, recipe.geometry.resize
+            yield {IMAGE: to_encoder_input(read_image(path), size, padding, resize)}
 
     wanted = _means(reference, layers, feeds())
     largest = 0.0

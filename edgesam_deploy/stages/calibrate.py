@@ -72,6 +72,7 @@ def calibrate(
     """
     expected = contracts(recipe.geometry)
     image_size = _image_size(graphs.load(sources["encoder"]), sources["encoder"])
+    padding = (recipe.pixels.padding, recipe.geometry.resize)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         watching = {
             name: stack.enter_context(_watching(source, rules, expected[name], Path(folder) / name))
@@ -79,7 +80,7 @@ def calibrate(
         }
         for path in progress(images):
             if "decoder" not in watching:
-                feeds = {IMAGE: to_encoder_input(read_image(path), image_size, recipe.pixels.padding)}
+                feeds = {IMAGE: to_encoder_input(read_image(path), image_size, *padding)}
                 watching["encoder"].run(feeds)
                 continue
             _ask(Predictor(watching["encoder"], watching["decoder"], recipe.geometry, recipe.pixels), path)
@@ -108,7 +109,8 @@ def _ask(predictor: Predictor, path: Path) -> None:
     points, boxes = default_prompts(hw)
     clicks = check_prompts(points[:, None], np.ones((len(points), 1)), None, hw)
     masks = predictor.decode(clicks)[0]
-    predictor.decoder.run(predictor.decoder_feeds(clicks, masks[:, :1]))
+    if predictor.geometry.mask_input:
+        predictor.decoder.run(predictor.decoder_feeds(clicks, masks[:, :1]))
     predictor.decode(check_prompts(None, None, boxes, hw))
 
 

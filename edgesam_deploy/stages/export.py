@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import torch
@@ -26,14 +26,12 @@ from edgesam_deploy.contract import (
 )
 from edgesam_deploy.errors import GraphError
 from edgesam_deploy.files import sha256_file
+from edgesam_deploy.models import graph_modules
 from edgesam_deploy.models.checkpoint import load_model
-from edgesam_deploy.models.session import PyTorchSession, graph_modules
+from edgesam_deploy.models.session import PyTorchSession
 from edgesam_deploy.recipe import Recipe
 from edgesam_deploy.runtime import open_session
 from edgesam_deploy.stages import graph as graphs
-
-if TYPE_CHECKING:
-    from segment_anything.modeling import Sam
 
 # The most prompts, and points of a prompt, that one decoder call may have.
 MAX_DYNAMIC = 1024
@@ -72,13 +70,17 @@ def export(recipe: Recipe, checkpoint: Path, output: Path) -> ExportResult:
     )
 
 
-def export_model(model: Sam, recipe: Recipe) -> dict[str, onnx.ModelProto]:
+def export_model(model: nn.Module, recipe: Recipe) -> dict[str, onnx.ModelProto]:
     """``{"encoder": ..., "decoder": ...}`` as ONNX, tensors named by the contract, nodes by their module."""
-    encoder, decoder = graph_modules(model)
+    encoder, decoder = graph_modules(model, recipe)
     geometry = recipe.geometry
     prompts = torch.export.Dim(PROMPTS_AXIS, min=1, max=MAX_DYNAMIC)
     points = torch.export.Dim(POINTS_AXIS, min=1, max=MAX_DYNAMIC)
-    dynamic = (None, {0: prompts, 1: points}, {0: prompts, 1: points}, {0: prompts}, None)
+    axes = {PROMPTS_AXIS: prompts, POINTS_AXIS: points}
+    dynamic = tuple(
+        {i: axes[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} or None
+        for spec in decoder_contract(geometry).inputs
+    )
     return {
         "encoder": _export(encoder, _examples(encoder_contract(geometry)), encoder_contract(geometry), None, recipe),
         "decoder": _export(decoder, _examples(decoder_contract(geometry)), decoder_contract(geometry), dynamic, recipe),
@@ -145,12 +147,12 @@ def _name_nodes_by_module(proto: onnx.ModelProto) -> None:
         node.name = name
 
 
-def _compare(model: Sam, recipe: Recipe, path: Path, name: str) -> float:
+def _compare(model: nn.Module, recipe: Recipe, path: Path, name: str) -> float:
     """Relative error of the written graph against PyTorch's own modules. GraphError above ``graphs.AGREEMENT``."""
     contract = contracts(recipe.geometry)[name]
     check_contract(path, contract)
     feeds = graphs.example_feeds(onnx.load(path), seed=1)
-    module = dict(zip(("encoder", "decoder"), graph_modules(model), strict=True))[name]
+    module = dict(zip(("encoder", "decoder"), graph_modules(model, recipe), strict=True))[name]
     with open_session(path) as session:
         error = graphs.relative_error(PyTorchSession(module, contract).run(feeds), session.run(feeds))
     if error > graphs.AGREEMENT:

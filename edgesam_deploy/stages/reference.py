@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from edgesam_deploy.measure.accuracy import Answers, answer, save_answers
+from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import load_model
-from edgesam_deploy.models.session import reference_predictor
 from edgesam_deploy.recipe import Recipe
 
 

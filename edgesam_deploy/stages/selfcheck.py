@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgesam_deploy.bundle import Bundle, load_bundle
-from edgesam_deploy.contract import IMAGE_EMBEDDINGS
 from edgesam_deploy.device import Machine
 from edgesam_deploy.errors import EdgeSAMError
 from edgesam_deploy.measure.accuracy import AccuracyResult
@@ -195,7 +196,7 @@ def _layers(bundle: Bundle) -> dict[str, list[LayerTime]] | None:
             return None
         predictor.set_image(image)
         prompts = check_prompts([[width / 2, height / 2]], [1], None, (height, width))
-        feeds = {**predictor.decoder_feeds(prompts), IMAGE_EMBEDDINGS: predictor.get_image_embedding()}
+        feeds = {name: np.asarray(value) for name, value in predictor.decoder_feeds(prompts).items()}
         samples = {
             "encoder": encoder.layer_times(predictor.preprocess(image), LAYER_RUNS),
             "decoder": decoder.layer_times(feeds, LAYER_RUNS),

@@ -69,8 +69,8 @@ def test_fp32_is_pytorchs_and_onnx_runtimes(
     built: SimpleNamespace, tiny_recipe: Path, checkpoint: Path, name: str
 ) -> None:
     """Within 1e-4, so that no part of it was computed in bfloat16, whose steps are 4e-3; one session, many shapes."""
+    from edgesam_deploy.models import reference_predictor
     from edgesam_deploy.models.checkpoint import load_model
-    from edgesam_deploy.models.session import reference_predictor
     from edgesam_deploy.recipe import load_recipe
 
     recipe = load_recipe(tiny_recipe)

@@ -13,8 +13,8 @@ pytest.importorskip("torch", reason="needs the export extra")
 
 from edgesam_deploy.contract import contracts
 from edgesam_deploy.errors import GraphError
+from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import load_model
-from edgesam_deploy.models.session import reference_predictor
 from edgesam_deploy.recipe import load_recipe
 from edgesam_deploy.runtime import open_session
 from edgesam_deploy.stages import graph as graphs

@@ -21,8 +21,8 @@ from edgesam_deploy.contract import contracts
 from edgesam_deploy.errors import GraphError
 from edgesam_deploy.measure.audit import WEIGHTED
 from edgesam_deploy.measure.explain import read_nodes
+from edgesam_deploy.models import graph_modules
 from edgesam_deploy.models.checkpoint import load_model
-from edgesam_deploy.models.session import graph_modules
 from edgesam_deploy.recipe import Int8Rules, Recipe, load_recipe
 from edgesam_deploy.stages.calibrate import Ranges
 from edgesam_deploy.stages.node_records import (
@@ -123,7 +123,7 @@ def test_ranges_and_scales_are_those_of_the_calibration(
 @pytest.mark.parametrize("name", GRAPHS)
 def test_macs_are_half_of_pytorchs_flops(recipe: Recipe, checkpoint: Path, built: SimpleNamespace, name: str) -> None:
     """For one image, and for one prompt of two points; FlopCounterMode counts a multiply-accumulate as two."""
-    module = dict(zip(GRAPHS, graph_modules(load_model(recipe, checkpoint)), strict=True))[name]
+    module = dict(zip(GRAPHS, graph_modules(load_model(recipe, checkpoint), recipe), strict=True))[name]
     sizes = {"prompts": 1, "points": 2}
     feeds = [
         torch.zeros(

@@ -31,10 +31,10 @@ def test_macs_are_what_torch_counts(built: SimpleNamespace, tiny_recipe: Path, c
     torch = pytest.importorskip("torch", reason="needs the export extra")
     from torch.utils.flop_counter import FlopCounterMode
 
+    from edgesam_deploy.models import graph_modules
     from edgesam_deploy.models.checkpoint import load_model
-    from edgesam_deploy.models.session import graph_modules
 
-    modules = graph_modules(load_model(load_recipe(tiny_recipe), checkpoint))
+    modules = graph_modules(load_model(load_recipe(tiny_recipe), checkpoint), load_recipe(tiny_recipe))
     for name, module in zip(("encoder", "decoder"), modules, strict=True):
         source = built.stages / f"simplify-{name}" / f"{name}.onnx"
         feeds = graphs.example_feeds(graphs.load(source))

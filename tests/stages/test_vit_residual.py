@@ -20,8 +20,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 
 from edgesam_deploy.contract import IMAGE, IMAGE_EMBEDDINGS, encoder_contract
 from edgesam_deploy.images import list_images, read_image
-from edgesam_deploy.models import build_model
-from edgesam_deploy.models.session import graph_modules
+from edgesam_deploy.models import build_model, graph_modules
 from edgesam_deploy.recipe import Int8Rules, PrecisionRules, Recipe, load_recipe
 from edgesam_deploy.runtime import open_session
 from edgesam_deploy.stages import export as module
@@ -72,7 +71,9 @@ def vit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     recipe, model = small_vit(request.param)
     contract = encoder_contract(recipe.geometry)
     examples = module._examples(contract)
-    graphs.save(module._export(graph_modules(model)[0], examples, contract, None, recipe), folder / "e.onnx", {})
+    graphs.save(
+        module._export(graph_modules(model, recipe)[0], examples, contract, None, recipe), folder / "e.onnx", {}
+    )
     graph = simplify(folder / "e.onnx", folder / "encoder.onnx").output
     images = list_images(PHOTOS / "calibration")[:6]
     every = dataclasses.replace(rules_of(recipe), residual_add="all", keep=())
