@@ -11,10 +11,12 @@ import numpy.typing as npt
 import pytest
 
 from edgesam_deploy.bundle import load_bundle, open_graphs
+from edgesam_deploy.contract import Geometry
 from edgesam_deploy.errors import ImageError, InputError, PromptError
 from edgesam_deploy.images import read_image
 from edgesam_deploy.masks import mask_iou
 from edgesam_deploy.predictor import Predictor
+from edgesam_deploy.recipe import Pixels
 from edgesam_deploy.runtime import SessionOptions
 
 pytest.importorskip("torch", reason="needs the export extra")
@@ -134,3 +136,96 @@ def test_wrong_use_is_refused(ours: Predictor) -> None:
     ours.reset_image()
     with pytest.raises(InputError, match="set_image"):
         ours.predict([[1, 1]], [1])
+
+
+class Answering:
+    """A session that gives fixed outputs and keeps what it was fed."""
+
+    def __init__(self, outputs: dict[str, npt.NDArray[Any]]) -> None:
+        self.outputs, self.feeds = outputs, {}  # type: tuple[dict[str, Any], dict[str, Any]]
+
+    def __enter__(self) -> Answering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def specs(self) -> Any:
+        raise AssertionError("not asked for")
+
+    def run(self, feeds: Any) -> dict[str, npt.NDArray[Any]]:
+        self.feeds = dict(feeds)
+        return self.outputs
+
+
+def variant(masks: npt.NDArray[np.float32], iou: list[float], **geometry: Any) -> Predictor:
+    """A Predictor of embedding size 2 on an image of 6x10 pixels; its decoder answers ``masks`` (M,8,8) and ``iou``."""
+    sizes = {"image_size": 8, "prompt_size": 16, "embedding_size": 2, "embedding_channels": 4, "num_masks": len(masks)}
+    features = {"image_embeddings": np.zeros((1, 4, 2, 2), dtype=np.float32)}
+    if "high_res_channels" in geometry:
+        features["high_res_feats_0"] = np.ones((1, 2, 8, 8), dtype=np.float32)
+        features["high_res_feats_1"] = np.ones((1, 3, 4, 4), dtype=np.float32)
+    answers = {"low_res_masks": masks[None], "iou_predictions": np.array([iou], dtype=np.float32)}
+    pixels = Pixels((124.0, 116.0, 104.0), (58.0, 57.0, 57.0))
+    predictor = Predictor(Answering(features), Answering(answers), Geometry(**sizes, **geometry), pixels)
+    predictor.set_image(np.zeros((6, 10, 3), dtype=np.uint8))
+    return predictor
+
+
+def planes(*levels: float) -> npt.NDArray[np.float32]:
+    return np.stack([np.full((8, 8), level, dtype=np.float32) for level in levels])
+
+
+@pytest.mark.parametrize(
+    ("rule", "levels", "single", "candidates"),
+    [
+        ("first", (5.0, 6.0, 7.0, 8.0), 5.0, [6.0, 7.0, 8.0]),
+        ("best", (5.0, 6.0, 7.0, 8.0), 7.0, [5.0, 6.0, 7.0, 8.0]),
+        ("stable", (5.0, 6.0, 7.0, 8.0), 5.0, [6.0, 7.0, 8.0]),
+        ("stable", (0.01, 6.0, 7.0, 8.0), 7.0, [6.0, 7.0, 8.0]),
+    ],
+    ids=["first", "best", "stable", "unstable"],
+)
+def test_which_mask_is_the_single_answer(
+    rule: str, levels: tuple[float, ...], single: float, candidates: list[float]
+) -> None:
+    predictor = variant(planes(*levels), [0.1, 0.5, 0.9, 0.4], single_mask=rule)
+    prompt: Any = {"point_coords": [[5, 3]], "point_labels": [1]}
+    _, iou, low_res = predictor.predict(**prompt, multimask_output=False)
+    assert low_res[:, 0, 0].tolist() == [np.float32(single)]
+    assert iou.shape == (1,)
+    masks, _, low_res = predictor.predict(**prompt)
+    assert low_res[:, 0, 0].tolist() == candidates
+    assert masks.shape == (len(candidates), 6, 10)
+
+
+def test_a_model_without_mask_prompts_refuses_them_by_name() -> None:
+    predictor = variant(planes(1.0, 2.0, 3.0, 4.0), [0.1, 0.2, 0.3, 0.4], mask_input=False)
+    predictor.predict(box=[1, 1, 9, 5])
+    assert sorted(predictor.decoder.feeds) == ["image_embeddings", "point_coords", "point_labels"]
+    with pytest.raises(PromptError, match="takes no mask as a prompt"):
+        predictor.predict(box=[1, 1, 9, 5], mask_input=np.zeros((1, 8, 8), dtype=np.float32))
+
+
+def test_finer_features_go_from_encoder_to_decoder_and_points_are_stretched() -> None:
+    predictor = variant(planes(1.0, 2.0, 3.0, 4.0), [0.1, 0.2, 0.3, 0.4], high_res_channels=[2, 3], resize="stretch")
+    predictor.predict(point_coords=[[10, 6]], point_labels=[1])
+    feeds = predictor.decoder.feeds
+    assert {"high_res_feats_0", "high_res_feats_1"} < set(feeds)
+    np.testing.assert_allclose(feeds["point_coords"][0, 0], [16, 16])
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "says"),
+    [
+        ("resize", "crop", "geometry.resize must be one of"),
+        ("single_mask", "last", "geometry.single_mask must be one of"),
+        ("mask_input", 1, "geometry.mask_input must be true or false"),
+        ("high_res_channels", [32], "two positive integers"),
+        ("high_res_channels", [32, -1], "two positive integers"),
+    ],
+)
+def test_geometry_variants_are_checked(entry: str, value: object, says: str) -> None:
+    entries: dict[str, Any] = {entry: value}
+    with pytest.raises(InputError, match=says):
+        Geometry(64, 64, 4, 8, 4, **entries)

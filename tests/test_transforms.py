@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgesam_deploy.contract import STRETCH
 from edgesam_deploy.transforms import coords_to_model, resized_hw, to_encoder_input
 
 SIZES = [(1, 900), (900, 1), (480, 640), (1500, 2250), (853, 1280), (427, 640), (512, 512), (333, 500), (7, 7)]
@@ -38,3 +39,13 @@ def test_encoder_input_is_resized_and_padded_right_and_below() -> None:
     expected = np.asarray(Image.fromarray(image).resize((128, 85), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(square[0].transpose(1, 2, 0)[:85], expected)
     np.testing.assert_array_equal(square[0, :, 85:].reshape(3, -1).T, np.tile((124, 116, 104), (43 * 128, 1)))
+
+
+@pytest.mark.parametrize("hw", SIZES, ids=str)
+def test_a_stretched_image_fills_the_square(hw: tuple[int, int]) -> None:
+    image = np.full((*hw, 3), 200, dtype=np.uint8)
+    square = to_encoder_input(image, 64, (0, 0, 0), STRETCH)
+    assert square.shape == (1, 3, 64, 64)
+    assert (square == 200).all(), "nothing is padded"
+    corner = coords_to_model(np.array([[hw[1], hw[0]]], dtype=float), hw, 1024, STRETCH)
+    np.testing.assert_allclose(corner, [[1024, 1024]])
