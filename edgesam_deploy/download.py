@@ -1,19 +1,39 @@
-"""Download a published file once, with a progress bar and a hash, into a cache folder."""
+"""A published file, once: from a cache on this machine, or downloaded with a progress bar, a licence and a hash."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
-import urllib.error
-import urllib.request
-from http.client import HTTPException
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
 from edgesam_deploy.errors import CheckpointError
-from edgesam_deploy.files import CHUNK_BYTES, sha256_file, writing
+from edgesam_deploy.files import output_errors, sha256_file
+from edgesam_deploy.local_caches import find_elsewhere, fits
+from edgesam_deploy.transfer import Part, part_of, receive
+from edgesam_deploy.weights import PublishedFile
 
-TIMEOUT_S = 30
-_CURE = "Try again, or download it elsewhere and pass it with --checkpoint FILE"
+LOG = logging.getLogger("edgesam_deploy.download")
+_YOURS = "or download it elsewhere and pass it with --checkpoint FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """What the user agrees to. licence: licences that forbid commercial use. unverified: files without a known sha256.
+
+    tell: takes what the user must read, one line at a time.
+    """
+
+    licence: bool = False
+    unverified: bool = False
+    tell: Callable[[str], None] = LOG.warning
+
+
+NO_CONSENT = Consent()
 
 
 def cache_folder() -> Path:
@@ -23,60 +43,90 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgesam-deploy"
 
 
-def fetch(url: str, sha256: str, size_bytes: int | None = None) -> Path:
-    """The file at ``url``, from the cache if it is there with the right hash.
+def fetch(published: PublishedFile, consent: Consent = NO_CONSENT) -> Path:
+    """The published file on this machine: from our cache, from Hugging Face's or torch.hub's, or downloaded now.
 
-    The cached name carries the hash, so two versions never collide. Raises CheckpointError when the address cannot
-    be reached or what came has another sha256; a wrong file is never kept.
+    The cached name carries the hash, so two versions never collide; what came of a download that was cut off waits
+    beside it as ``.part``. Raises CheckpointError when the address cannot be reached, what came has another sha256 (it
+    is thrown away), or the user has not agreed to what they have to.
     """
-    path = cache_folder() / f"{sha256[:12]}-{Path(urlparse(url).path).name}"
-    if path.is_file() and sha256_file(path) == sha256:
-        return path
-    with writing(path) as temporary:
-        _download(url, temporary, size_bytes, path)
-        found = sha256_file(temporary)
-        if found != sha256:
+    if published.sha256 is None and not consent.unverified:
+        raise CheckpointError(
+            f"nobody is known to state the sha256 of {published.url}, so what comes from there cannot be checked: take "
+            f"it as it is with --accept-unverified, {_YOURS}"
+        )
+    path = cache_folder() / _cached_name(published)
+    found = path if fits(path, published) else find_elsewhere(published)
+    if found is None:
+        found = _download(published, path, consent)
+    elif found != path:
+        consent.tell(f"found {found}; nothing is downloaded")
+    if published.sha256 is None:
+        consent.tell(f"{found} is unverified: its sha256 is {sha256_file(found)}; pin it in the recipe's [checkpoint]")
+    return found
+
+
+def _cached_name(published: PublishedFile) -> str:
+    name = Path(urlparse(published.url).path).name
+    if published.sha256 is not None:
+        return f"{published.sha256[:12]}-{name}"
+    return f"unverified-{hashlib.sha256(published.url.encode()).hexdigest()[:12]}-{name}"
+
+
+def _download(published: PublishedFile, path: Path, consent: Consent) -> Path:
+    if not published.commercial and not consent.licence:
+        raise CheckpointError(
+            f"{published.url} may not be used commercially (licence {published.licence}): read {published.licence_url} "
+            f"and accept it with --accept-license, {_YOURS}"
+        )
+
+    def wait() -> None:
+        consent.tell(f"waiting for another process that downloads {published.url}")
+
+    with output_errors(path), part_of(path, wait) as part:
+        if fits(path, published):  # the other process was done
+            return path
+        found = _received(published, part, path, consent)
+        if published.sha256 not in (None, found):
             raise CheckpointError(
-                f"{url} gave a file with sha256 {found}, expected {sha256}: it was thrown away. "
+                f"{published.url} gave a file with sha256 {found}, expected {published.sha256}: it was thrown away. "
                 "Download it from a source you trust and pass it with --checkpoint"
             )
+        part.finish(path)
     return path
 
 
-def _download(url: str, output: Path, size_bytes: int | None, final: Path) -> None:
+def _received(published: PublishedFile, part: Part, path: Path, consent: Consent) -> str:
+    """The sha256 of what has come into ``part``; one of the wrong hash leaves it empty."""
+    with _progress(published, path.name, consent) as announce:
+        found = receive(published, part, announce)
+        if part.resumed and published.sha256 not in (None, found):
+            # The beginning may be another version's, which a server without ETags and dates does not notice.
+            part.clear()
+            found = receive(published, part, announce)
+    if published.sha256 not in (None, found):
+        part.clear()
+    return found
+
+
+@contextmanager
+def _progress(
+    published: PublishedFile, name: str, consent: Consent
+) -> Iterator[Callable[[int | None, int], Callable[[int], None]]]:
+    """Once the server answers: what is downloaded and under which licence, then a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    try:
-        with (
-            urllib.request.urlopen(url, timeout=TIMEOUT_S) as response,
-            output.open("wb") as file,
-            Progress(*columns, console=Console(stderr=True)) as progress,
-        ):
-            announced = _announced_bytes(response.headers.get("Content-Length"), url, size_bytes)
-            task = progress.add_task(final.name, total=announced or size_bytes)
-            received = 0
-            while chunk := response.read(CHUNK_BYTES):
-                received += file.write(chunk)
-                progress.advance(task, len(chunk))
-    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as error:
-        raise CheckpointError(f"cannot download {url}: {_reason(error)}. {_CURE}") from error
-    if announced is not None and received < announced:  # urllib takes an early end of the connection for the end
-        raise CheckpointError(f"the download of {url} broke off after {received} of {announced} bytes. {_CURE}")
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
+        def announce(total_bytes: int | None, here_bytes: int) -> Callable[[int], None]:
+            size = "a file" if total_bytes is None else f"{total_bytes / 1e6:.1f} MB"
+            rest = f", going on after {here_bytes / 1e6:.1f} MB" if here_bytes else ""
+            terms = f" ({published.licence_url})" if published.licence_url else ""
+            consent.tell(f"downloading {size} from {published.url}{rest}; licence: {published.licence}{terms}")
+            task = progress.add_task(name, total=total_bytes, completed=here_bytes)
+            return lambda count: progress.advance(task, count)
 
-def _announced_bytes(header: str | None, url: str, expected: int | None) -> int | None:
-    """The Content-Length if there is one; CheckpointError where it shows another file before any of it is fetched."""
-    announced = int(header) if header and header.isascii() and header.isdigit() else None
-    if announced is not None and expected is not None and announced != expected:
-        raise CheckpointError(f"{url} offers a file of {announced} bytes, expected {expected}. {_CURE}")
-    return announced
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        error.close()  # it is the open answer of the server, too
-        return f"the server answers {error.code} {error.reason}"
-    text = " ".join(str(getattr(error, "reason", None) or error).split())
-    return f"{type(error).__name__}: {text}" if isinstance(error, HTTPException) else text or type(error).__name__
+        yield announce

@@ -61,6 +61,15 @@ def writing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """What the system refuses while ``path`` is made becomes an OutputError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(_reason(path, error)) from error
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a whole file or nothing; OutputError if it cannot be written."""
     with writing(path) as temporary:

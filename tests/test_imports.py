@@ -119,6 +119,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("device", "masks", "prompts"),
     ("transforms", "target"),
     ("download", "images", "recipe"),
+    ("transfer",),
+    ("local_caches",),
     ("files", "published", "weights"),
     ("contract",),
     ("errors",),
@@ -190,7 +192,7 @@ LIGHT = (
     "recipe",
     "target",
 )
-LIGHT += ("device", "download", "files", "contract", "errors", "measure")
+LIGHT += ("device", "download", "transfer", "local_caches", "weights", "files", "contract", "errors", "measure")
 # module -> what it must not import
 FORBIDDEN = dict.fromkeys(LIGHT, HEAVY) | {"cli": HEAVY | {"PIL", "rich"}}
 # Imports of the CLI inside a function are its work; at the top of a module they would cost every --help.

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesam_deploy.cli.terminal import json_option, plain, print_json, print_table, say, track
+from edgesam_deploy.cli.terminal import (
+    Weights,
+    checkpoint_options,
+    json_option,
+    plain,
+    print_json,
+    print_table,
+    say,
+    track,
+)
 
 if TYPE_CHECKING:
     from edgesam_deploy.stages.build import BuildResult
@@ -18,7 +27,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", default="reference")
 @click.option("--precision", default="int8", show_default=True, help="fp32, fp16 or int8.")
 @click.option("--target", default="cpu", show_default=True, help="Device; see `sam-export targets`.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights (.pt). Default: the recipe's own.")
+@checkpoint_options
 @click.option("--calibration", type=click.Path(path_type=Path), help="Folder of at least 32 images. Default: shipped.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of images to verify on. Default: shipped.")
 @click.option("--min-iou", type=click.FloatRange(0, 1, min_open=True), help="Mask IoU to reach. Default: the recipe's.")
@@ -32,7 +41,7 @@ def command(
     recipe: str,
     precision: str,
     target: str,
-    checkpoint: Path | None,
+    weights: Weights,
     calibration: Path | None,
     images: Path | None,
     min_iou: float | None,
@@ -62,7 +71,7 @@ def command(
             device,
             precision,
             folder,
-            checkpoint,
+            weights.given(loaded),
             calibration,
             images,
             force,
@@ -70,6 +79,7 @@ def command(
             TuneOptions(min_iou=min_iou, backend=chosen) if search else None,
             chosen,
             bf16,
+            weights.consent(),
         )
         result = build(options, track)
     except ImportError as error:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from edgesam_deploy.cli.terminal import json_option, print_json
+from edgesam_deploy.cli.terminal import Weights, checkpoint_options, json_option, print_json
 
 
 @click.command("export")
 @click.argument("recipe", default="reference")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights (.pt). Default: the recipe's own.")
+@checkpoint_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the two graphs.")
 @json_option
-def command(recipe: str, checkpoint: Path | None, output: Path, as_json: bool) -> None:
+def command(recipe: str, weights: Weights, output: Path, as_json: bool) -> None:
     """Export RECIPE's image encoder and mask decoder to FP32 ONNX [default: reference]."""
     from edgesam_deploy.errors import MissingExtraError
     from edgesam_deploy.files import check_writable
@@ -22,12 +22,11 @@ def command(recipe: str, checkpoint: Path | None, output: Path, as_json: bool) -
 
     loaded = load_recipe(recipe)
     try:
-        from edgesam_deploy.models.checkpoint import checkpoint_path
         from edgesam_deploy.stages.export import export
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
     check_writable(output / "encoder.onnx")
-    result = export(loaded, checkpoint or checkpoint_path(loaded), output)
+    result = export(loaded, weights.find(loaded), output)
     if as_json:
         print_json(result)
         return

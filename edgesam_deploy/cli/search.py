@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesam_deploy.cli.terminal import json_option, print_json, print_table, say, threads_option, track
+from edgesam_deploy.cli.terminal import (
+    Weights,
+    checkpoint_options,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    threads_option,
+    track,
+)
 
 if TYPE_CHECKING:
     from edgesam_deploy.stages.sensitivity import TuneResult
@@ -18,7 +27,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", default="reference")
 @click.option("--target", default="cpu", show_default=True, help="Device; see `sam-export targets`.")
 @click.option("--min-iou", type=click.FloatRange(0, 1, min_open=True), help="Mask IoU to reach. Default: the recipe's.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights (.pt). Default: the recipe's own.")
+@checkpoint_options
 @click.option("--calibration", type=click.Path(path_type=Path), help="Folder of at least 32 images. Default: shipped.")
 @click.option("--images", type=click.IntRange(1), help="Measure masks on this many of them. Default: 12.")
 @click.option("--backend", default="auto", show_default=True, help="CPU targets: auto (the faster one), or its name.")
@@ -29,7 +38,7 @@ def command(
     recipe: str,
     target: str,
     min_iou: float | None,
-    checkpoint: Path | None,
+    weights: Weights,
     calibration: Path | None,
     images: int | None,
     backend: str,
@@ -56,7 +65,16 @@ def command(
         default = TuneOptions(min_iou=min_iou, backend=chosen)
         options = TuneOptions(min_iou=min_iou, backend=chosen, threads=threads, images=images or default.images)
         build = BuildOptions(
-            loaded, device, "int8", folder, checkpoint, calibration, min_iou=min_iou, search=options, backend=chosen
+            loaded,
+            device,
+            "int8",
+            folder,
+            weights.given(loaded),
+            calibration,
+            min_iou=min_iou,
+            search=options,
+            backend=chosen,
+            consent=weights.consent(),
         )
         result, found_in = find_int8(build, track)
     except ImportError as error:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from edgesam_deploy.download import Consent
+    from edgesam_deploy.recipe import Recipe
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON on stdout.")
 threads_option = click.option(
@@ -19,6 +25,64 @@ threads_option = click.option(
 backend_option = click.option(
     "--backend", type=click.Choice(["onnxruntime", "openvino"]), help="Run a CPU's bundle on this. Default: its own."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What the user says of weights. files: their own, one or as many as the recipe has parts; none: the recipe's."""
+
+    files: tuple[Path, ...]
+    accept_license: bool
+    accept_unverified: bool
+
+    @property
+    def mentioned(self) -> bool:
+        return bool(self.files) or self.accept_license or self.accept_unverified
+
+    def consent(self) -> Consent:
+        from edgesam_deploy.download import Consent
+
+        return Consent(self.accept_license, self.accept_unverified, say)
+
+    def given(self, recipe: Recipe) -> Path | None:
+        """The user's own checkpoint, joined where it is in parts; None where they gave none."""
+        if len(self.files) < 2:
+            return self.files[0] if self.files else None
+        from edgesam_deploy.models.checkpoint import join
+
+        return join(recipe, self.files)
+
+    def find(self, recipe: Recipe) -> Path:
+        """The user's own checkpoint or the recipe's, downloaded now if it has to be."""
+        from edgesam_deploy.models.checkpoint import checkpoint_path
+
+        return self.given(recipe) or checkpoint_path(recipe, self.consent())
+
+
+def checkpoint_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds --checkpoint and what may have to be accepted; the command gets them as ``weights``."""
+
+    @functools.wraps(function)
+    def command(
+        *args: Any, checkpoint: tuple[Path, ...], accept_license: bool, accept_unverified: bool, **others: Any
+    ) -> None:
+        function(*args, weights=Weights(checkpoint, accept_license, accept_unverified), **others)
+
+    options = (
+        click.option(
+            "--checkpoint",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="Weights (.pt, .pth, .safetensors), one for each part of a recipe in parts. Default: its own.",
+        ),
+        click.option("--accept-license", is_flag=True, help="Download weights whose licence forbids commercial use."),
+        click.option(
+            "--accept-unverified", is_flag=True, help="Download weights whose sha256 nobody is known to state."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesam_deploy.cli.terminal import backend_option, json_option, print_json, print_table, threads_option, track
+from edgesam_deploy.cli.terminal import (
+    Weights,
+    backend_option,
+    checkpoint_options,
+    json_option,
+    print_json,
+    print_table,
+    threads_option,
+    track,
+)
 
 if TYPE_CHECKING:
     from edgesam_deploy.bundle import Bundle
@@ -20,9 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--images", type=click.Path(path_type=Path), help="Verify on these instead (a fresh reference: needs torch)."
 )
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="With --images: the weights the bundle was built from."
-)
+@checkpoint_options
 @click.option("--min-iou", type=click.FloatRange(0, 1), help="Threshold for the mean. Default: the bundle's own.")
 @backend_option
 @threads_option
@@ -30,14 +37,14 @@ if TYPE_CHECKING:
 def command(
     bundle: Path | None,
     images: Path | None,
-    checkpoint: Path | None,
+    weights: Weights,
     min_iou: float | None,
     backend: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Check BUNDLE [default: the shipped INT8 reference] and exit with 3 if it is below its threshold."""
-    if checkpoint is not None and images is None:
+    if weights.mentioned and images is None:
         raise click.UsageError("--checkpoint goes with --images: a bundle's own answers need no weights")
     if min_iou is not None and isnan(min_iou):
         raise click.BadParameter("nan is not in the range 0<=x<=1.", param_hint="'--min-iou'")
@@ -45,7 +52,7 @@ def command(
     from edgesam_deploy.errors import ThresholdError
 
     loaded = load_bundle(bundle or shipped_bundle()).on(backend)
-    result = _on_images(loaded, images, checkpoint, threads) if images else _on_recorded(loaded, threads)
+    result = _on_images(loaded, images, weights, threads) if images else _on_recorded(loaded, threads)
     threshold = float(loaded.manifest["min_mask_iou"]) if min_iou is None else min_iou
     passed = result.mask_iou.mean >= threshold
     if as_json:
@@ -71,7 +78,7 @@ def _on_recorded(bundle: Bundle, threads: int | None) -> AccuracyResult:
     return verify(bundle, threads=threads, progress=lambda items: track("verify", items, None))
 
 
-def _on_images(bundle: Bundle, images: Path, checkpoint: Path | None, threads: int | None) -> AccuracyResult:
+def _on_images(bundle: Bundle, images: Path, given: Weights, threads: int | None) -> AccuracyResult:
     import tempfile
 
     from edgesam_deploy.errors import CheckpointError, MissingExtraError
@@ -82,12 +89,11 @@ def _on_images(bundle: Bundle, images: Path, checkpoint: Path | None, threads: i
 
     paths = list_images(images)
     try:
-        from edgesam_deploy.models.checkpoint import checkpoint_path
         from edgesam_deploy.stages.reference import record_answers
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
     recipe = load_recipe(bundle.recipe)
-    weights = checkpoint or checkpoint_path(recipe)
+    weights = given.find(recipe)
     if not weights.is_file():
         raise CheckpointError(f"checkpoint {weights} does not exist")
     if sha256_file(weights) != bundle.manifest.get("checkpoint_sha256"):

@@ -32,7 +32,7 @@ from edgesam_deploy.distill.data import Sample, Settings, Source, draw, draw_sha
 from edgesam_deploy.errors import CheckpointError, InputError
 from edgesam_deploy.files import sha256_file, writing
 from edgesam_deploy.models import build_model
-from edgesam_deploy.models.checkpoint import read_state_dict
+from edgesam_deploy.models.state_dict import read_state_dict
 from edgesam_deploy.recipe import load_recipe
 
 log = logging.getLogger("edgesam_deploy.distill")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from edgesam_deploy.bundle import (
     check_replaceable,
     parse_manifest,
 )
+from edgesam_deploy.download import NO_CONSENT, Consent
 from edgesam_deploy.errors import CheckpointError, InputError
 from edgesam_deploy.files import sha256_file, write_json, writing_folder
 from edgesam_deploy.images import list_images
@@ -45,6 +46,7 @@ class BuildOptions:
     min_iou: the mask IoU that it must reach, None for the recipe's. search: find the fastest assignment of INT8 that
     reaches it, None to take all that the rules allow. backend: for CPU targets, None for the faster one installed.
     bf16: for them too, it may compute in bfloat16 what is float; such a bundle runs only where the CPU has it.
+    checkpoint: None for the recipe's own, and consent is to what its download takes.
     """
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class BuildOptions:
     search: TuneOptions | None = None
     backend: str | None = None
     bf16: bool = False
+    consent: Consent = NO_CONSENT
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -105,6 +108,7 @@ def build(options: BuildOptions, progress: Progress = _quiet) -> BuildResult:
     """
     check_replaceable(options.output)
     images = source_images(options)
+    options = replace(options, checkpoint=_checkpoint(options))
     work = options.output.parent / ".stages" / options.output.name
     with exclusive(work):
         cache = StageCache(work, options.force)
@@ -170,7 +174,7 @@ def _checkpoint(options: BuildOptions) -> Path:
         if not options.checkpoint.is_file():
             raise CheckpointError(f"checkpoint {options.checkpoint} does not exist")
         return options.checkpoint
-    return checkpoint_path(options.recipe)
+    return checkpoint_path(options.recipe, options.consent)
 
 
 def _simplify(cache: StageCache, name: str, graph: Path) -> Path:

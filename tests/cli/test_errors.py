@@ -93,6 +93,13 @@ def _recipes(scene: Path, tiny: str) -> None:
     write("other-sha256", re.sub(r"^sha256 = .*$", f'sha256 = "{"0" * 64}"', tiny, flags=re.M))
     write("no-url", re.sub(r'^file = "assets/reference.pt"$', "", tiny, flags=re.M))
     write("refused-url", re.sub(r"^file = .*$", 'url = "http://127.0.0.1:1/weights.pt"', tiny, flags=re.M))
+    unreached = re.sub(r"^file = .*$", 'url = "http://127.0.0.1:1/weights.pt"', tiny, flags=re.M)
+    write("unverified", re.sub(r"^sha256.*$", "", unreached, flags=re.M))
+    write(
+        "non-commercial",
+        re.sub(r"^(url = .*)$", r'\1\nlicence_url = "http://licence"\ncommercial = false', unreached, flags=re.M),
+    )
+    write("untrained", re.sub(r"\[checkpoint\]\n(?:.+\n)+", "", tiny))
     write("unknown-architecture", re.sub(r"^architecture = .*$", 'architecture = "perceptron"', tiny, flags=re.M))
     write("unknown-backbone", re.sub(r"^backbone = .*$", 'backbone = "hgnetv9_b0"', tiny, flags=re.M))
 
@@ -105,7 +112,10 @@ def _checkpoints(scene: Path, good: Path) -> None:
     torch.save({**state, first: torch.zeros(1, 2, 3)}, scene / "misshapen.pt")
     torch.save({**state, first: torch.full_like(state[first], float("nan"))}, scene / "nan.pt")
     torch.save({**state, 7: torch.zeros(1), "surplus": torch.zeros(1)}, scene / "number-key.pt")
-    torch.save({"model": state, "epoch": 3}, scene / "training.pt")
+    torch.save({"net": state, "epoch": 3}, scene / "training.pt")
+    torch.save({"model": state, "ema": state, "epoch": 3}, scene / "two.pt")
+    torch.save({f"module.{k}": v for k, v in state.items() if k != first}, scene / "parallel.pt")
+    (scene / "cut.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
     torch.save([torch.zeros(1)], scene / "list.pt")
     torch.save({"weights": Explosive(scene / "exploded")}, scene / "code.pt")
     (scene / "pickle.pt").write_bytes(pickle.dumps(Explosive(scene / "exploded"), protocol=2))
@@ -378,7 +388,52 @@ CHECKPOINTS: dict[str, Row] = {
     "a-graph": (EXPORT + "{encoder.onnx}", 1, ("{encoder.onnx}",)),
     "code": (EXPORT + "{code.pt}", 1, ("{code.pt} " + REFUSED, "expected a state dict")),
     "code-bare-pickle": (EXPORT + "{pickle.pt}", 1, ("{pickle.pt} " + REFUSED,)),
-    "training-checkpoint": (EXPORT + "{training.pt}", 1, ("{training.pt} must hold a state dict", "'epoch', 'model'")),
+    "training-checkpoint": (EXPORT + "{training.pt}", 1, ("{training.pt} must hold a state dict", "'epoch', 'net'")),
+    "two-sets-of-weights": (EXPORT + "{two.pt}", 1, ("{two.pt} holds several sets of weights, model and ema",)),
+    "parallel-and-short": (EXPORT + "{parallel.pt}", 1, ("{parallel.pt} does not fit recipe 'tiny': 1 missing",)),
+    "truncated-safetensors": (EXPORT + "{cut.safetensors}", 1, ("is not a readable safetensors file (truncated?)",)),
+    "missing-safetensors": (EXPORT + "{gone.safetensors}", 1, ("checkpoint {gone.safetensors} does not exist",)),
+    "too-many-files": (
+        EXPORT + "{missing.pt} --checkpoint {extra.pt}",
+        2,
+        ("recipe 'tiny' takes one --checkpoint that holds everything; got 2",),
+    ),
+    "no-published-weights": (
+        "export {untrained.toml} -o {out}",
+        1,
+        ("recipe 'tiny' has no published weights: give yours with --checkpoint FILE",),
+    ),
+    "no-published-weights-build": (
+        "build {untrained.toml} -o {engines/x}",
+        1,
+        ("recipe 'tiny' has no published weights",),
+    ),
+    "unverified": (
+        "export {unverified.toml} -o {out}",
+        1,
+        ("nobody is known to state the sha256 of http://127.0.0.1:1/weights.pt", "--accept-unverified"),
+    ),
+    "unverified-accepted": (
+        "export {unverified.toml} -o {out} --accept-unverified",
+        1,
+        ("cannot download http://127.0.0.1:1/weights.pt", "Connection refused"),
+    ),
+    "non-commercial": (
+        "export {non-commercial.toml} -o {out}",
+        1,
+        ("may not be used commercially (licence Apache-2.0)", "read http://licence", "accept it with --accept-license"),
+    ),
+    "non-commercial-build": (
+        "build {non-commercial.toml} -o {engines/x}",
+        1,
+        ("may not be used commercially", "--accept-license"),
+    ),
+    "non-commercial-search": ("search {non-commercial.toml}", 1, ("may not be used commercially", "--accept-license")),
+    "non-commercial-accepted": (
+        "export {non-commercial.toml} -o {out} --accept-license",
+        1,
+        ("cannot download http://127.0.0.1:1/weights.pt", "Connection refused"),
+    ),
     "a-list": (EXPORT + "{list.pt}", 1, ("{list.pt} must hold a state dict", "holds list")),
     "number-key": (EXPORT + "{number-key.pt}", 1, ("{number-key.pt}",)),
     "nan-weights": (EXPORT + "{nan.pt}", 1, ("{nan.pt}", "NaN")),
@@ -629,6 +684,7 @@ USAGE: dict[str, tuple[str, str]] = {
     "no-runs": ("bench {bundle} --runs 0", "'--runs': 0 is not in the range"),
     "threshold-above-1": ("verify {bundle} --min-iou 93", "'--min-iou': 93.0 is not in the range"),
     "threshold-nan": ("verify {bundle} --min-iou nan", "'--min-iou': nan is not in the range"),
+    "licence-without-images": ("verify {bundle} --accept-license", "--checkpoint goes with --images"),
     "checkpoint-without-images": ("verify {bundle} --checkpoint {gone.pt}", "--checkpoint goes with --images"),
 }
 
