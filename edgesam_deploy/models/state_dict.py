@@ -44,17 +44,6 @@ def _read(path: Path) -> Any:
     return read_onnx(path) if is_onnx(path) else _read_pickle(path)
 
 
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".onnx", ""):
-        from edgesam_deploy.models.onnx_weights import is_onnx, read_onnx
-
-        if is_onnx(path):
-            return read_onnx(path)
-    return _read_pickle(path)
-
-
 def _read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
