@@ -71,6 +71,7 @@ class Geometry:
     mask_input: whether the decoder takes a mask as a prompt.
     high_res_channels: of the two finer feature maps that the encoder hands to the decoder, () where there are none.
     single_mask: "first", "best" or "stable", which mask is the single answer (``predictor``).
+    box_padding: whether a box, too, is followed by the padding point that SAM adds to points alone (``prompts``).
     """
 
     image_size: int
@@ -82,6 +83,7 @@ class Geometry:
     mask_input: bool = True
     high_res_channels: tuple[int, ...] = ()
     single_mask: str = FIRST
+    box_padding: bool = False
 
     def __post_init__(self) -> None:
         self._check_variant()
@@ -98,8 +100,9 @@ class Geometry:
         for name, known in (("resize", RESIZES), ("single_mask", SINGLE_MASKS)):
             if getattr(self, name) not in known:
                 raise InputError(f"geometry.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not isinstance(self.mask_input, bool):
-            raise InputError(f"geometry.mask_input must be true or false, got {self.mask_input!r}")
+        for name in ("mask_input", "box_padding"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"geometry.{name} must be true or false, got {getattr(self, name)!r}")
         channels = self.high_res_channels
         # A list, as JSON and TOML have it, is taken for the same.
         object.__setattr__(self, "high_res_channels", tuple(channels) if isinstance(channels, list) else channels)

@@ -125,7 +125,10 @@ class Predictor:
     def decoder_feeds(self, prompts: Prompts, mask_input: npt.NDArray[np.float32] | None = None) -> dict[str, Tensor]:
         """The decoder's feeds for checked prompts on the current image."""
         current = self._current()
-        coords, labels = encode_prompts(prompts, current.original_hw, self.geometry.prompt_size, self.geometry.resize)
+        frame = self.geometry
+        coords, labels = encode_prompts(
+            prompts, current.original_hw, frame.prompt_size, frame.resize, frame.box_padding
+        )
         feeds = {**current.features, contract.POINT_COORDS: coords, contract.POINT_LABELS: labels}
         if not self.geometry.mask_input:
             if mask_input is not None:

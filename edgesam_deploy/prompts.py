@@ -73,12 +73,17 @@ def check_prompts(
 
 
 def encode_prompts(
-    prompts: Prompts, original_hw: tuple[int, int], prompt_size: int, resize: str = LONGEST_SIDE
+    prompts: Prompts,
+    original_hw: tuple[int, int],
+    prompt_size: int,
+    resize: str = LONGEST_SIDE,
+    box_padding: bool = False,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Prompts -> point_coords (B,N,2) float32 in the model frame and point_labels (B,N) float32.
 
     A box becomes two corner points with labels 2 and 3. SAM's prompt encoder adds one padding point (0, 0) with
-    label -1 exactly when there are points and no box. With neither (a mask input alone) N is 0.
+    label -1 exactly when there are points and no box; SAM 2's also where there is a box (``box_padding``). With neither
+    (a mask input alone) N is 0.
     """
     coords: list[npt.NDArray[np.float32]] = []
     labels: list[npt.NDArray[np.float32]] = []
@@ -90,11 +95,11 @@ def encode_prompts(
         coords.append(coords_to_model(prompts.boxes.reshape(batch, 2, 2), original_hw, prompt_size, resize))
         corners = np.array([LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT], dtype=np.float32)
         labels.append(np.tile(corners, (batch, 1)))
-    elif prompts.point_coords is not None:
+    if not coords:
+        return np.zeros((batch, 0, 2), dtype=np.float32), np.zeros((batch, 0), dtype=np.float32)
+    if prompts.boxes is None or box_padding:
         coords.append(np.zeros((batch, 1, 2), dtype=np.float32))
         labels.append(np.full((batch, 1), LABEL_PADDING, dtype=np.float32))
-    else:
-        return np.zeros((batch, 0, 2), dtype=np.float32), np.zeros((batch, 0), dtype=np.float32)
     return np.concatenate(coords, axis=1), np.concatenate(labels, axis=1)
 
 
