@@ -70,6 +70,7 @@ class Geometry:
     resize: "longest_side" or "stretch", how an image becomes the encoder input (``transforms``).
     mask_input: whether the decoder takes a mask as a prompt.
     high_res_channels: of the two finer feature maps that the encoder hands to the decoder, () where there are none.
+    max_points: the most points that the decoder takes of one prompt, a box being two; None for any number.
     single_mask: "first", "best" or "stable", which mask is the single answer (``predictor``).
     box_padding: whether a box, too, is followed by the padding point that SAM adds to points alone (``prompts``).
     """
@@ -82,12 +83,14 @@ class Geometry:
     resize: str = LONGEST_SIDE
     mask_input: bool = True
     high_res_channels: tuple[int, ...] = ()
+    max_points: int | None = None
     single_mask: str = FIRST
     box_padding: bool = False
 
     def __post_init__(self) -> None:
         self._check_variant()
-        for name in ("image_size", "prompt_size", "embedding_size", "embedding_channels", "num_masks"):
+        sizes = ("image_size", "prompt_size", "embedding_size", "embedding_channels", "num_masks")
+        for name in (*sizes, *(() if self.max_points is None else ("max_points",))):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise InputError(f"geometry.{name} must be a positive integer, got {value!r}")

@@ -125,6 +125,7 @@ class Predictor:
     def decoder_feeds(self, prompts: Prompts, mask_input: npt.NDArray[np.float32] | None = None) -> dict[str, Tensor]:
         """The decoder's feeds for checked prompts on the current image."""
         current = self._current()
+        self._check_count(prompts)
         frame = self.geometry
         coords, labels = encode_prompts(
             prompts, current.original_hw, frame.prompt_size, frame.resize, frame.box_padding
@@ -147,6 +148,12 @@ class Predictor:
             raise PromptError("predict needs a prompt: points with labels, a box, or a mask_input")
         out = self.decoder.run(self.decoder_feeds(prompts, mask_input))
         return out[contract.LOW_RES_MASKS], out[contract.IOU_PREDICTIONS]
+
+    def _check_count(self, prompts: Prompts) -> None:
+        clicks = 0 if prompts.point_coords is None else prompts.point_coords.shape[1]
+        count, most = clicks + (0 if prompts.boxes is None else 2), self.geometry.max_points
+        if most is not None and count > most:
+            raise PromptError(f"this model takes at most {most} points per prompt, a box being two, got {count}")
 
     def _choose(
         self, masks: npt.NDArray[np.float32], iou: npt.NDArray[np.float32], multimask_output: bool

@@ -10,7 +10,17 @@ from torch import nn
 
 from edgesam_deploy.contract import contracts
 from edgesam_deploy.errors import RecipeError
-from edgesam_deploy.models import edge_sam, edge_tam, efficientvit_sam, mobile_sam, repvit_sam, sam2, sam_vit, timm_fpn
+from edgesam_deploy.models import (
+    edge_sam,
+    edge_tam,
+    efficient_sam,
+    efficientvit_sam,
+    mobile_sam,
+    repvit_sam,
+    sam2,
+    sam_vit,
+    timm_fpn,
+)
 from edgesam_deploy.models.architecture import Architecture
 from edgesam_deploy.models.session import PyTorchSession
 from edgesam_deploy.predictor import Predictor
@@ -19,6 +29,7 @@ from edgesam_deploy.recipe import Recipe
 ARCHITECTURES: dict[str, Architecture] = {
     "edge_sam": edge_sam.ARCHITECTURE,
     "edge_tam": edge_tam.ARCHITECTURE,
+    "efficient_sam": efficient_sam.ARCHITECTURE,
     "efficientvit_sam": efficientvit_sam.ARCHITECTURE,
     "mobile_sam": mobile_sam.ARCHITECTURE,
     "repvit_sam": repvit_sam.ARCHITECTURE,
