@@ -34,6 +34,10 @@ NECK_CHANNELS = 256
 # A stage that halves the map expands this many times more than the blocks that follow.
 DOWNSAMPLING_EXPANSION = 4
 
+# Kinds of blocks by upstream's names, with the number of their convolutions; and the one with attention.
+_BLOCKS: dict[str, tuple[Any, int]] = {"res": (ConvBlock, 2), "fmb": (FusedMBConv, 2), "mb": (MBConv, 3)}
+ATTENTION = "att"
+
 # Any: timm wants a class here, and takes what makes one.
 _Norm: Any = partial(nn.BatchNorm2d, eps=NORM_EPS)
 
@@ -153,6 +157,10 @@ def build(recipe: Recipe) -> Sam:
             f"recipe {recipe.name}: {', '.join(per_stage)} must have one entry per stage, {TAPS + 1} stages at least, "
             f"got {lengths}"
         )
+    if unknown := sorted(set(given["blocks"]) - {*_BLOCKS, ATTENTION}):
+        raise RecipeError(
+            f"recipe {recipe.name}: blocks must be of {', '.join([*_BLOCKS, ATTENTION])}, got {unknown[0]!r}"
+        )
     geometry, widths = recipe.geometry, given["widths"]
     stages = [_stage(given, index, previous) for index, previous in zip(range(len(widths)), [3, *widths], strict=False)]
     neck = Neck(
@@ -185,7 +193,7 @@ def _stage(given: Mapping[str, Any], index: int, previous: int) -> list[nn.Modul
         first = ResidualBlock(
             _local_block("fmb" if kind == "fmb" else "mb", previous, width, 2, wider, fewer_norms), None
         )
-    if kind == "att":
+    if kind == ATTENTION:
         rest = [EfficientVitBlock(width, expansion, given["attention_kernel"]) for _ in range(given["depths"][index])]
         return [first, *rest]
     return [
@@ -199,10 +207,7 @@ def _stage(given: Mapping[str, Any], index: int, previous: int) -> list[nn.Modul
 
 def _local_block(kind: str, channels: int, out: int, stride: int, expansion: int, fewer_norms: bool) -> nn.Module:
     """A convolutional block. fewer_norms: biases take the place of all norms but the last."""
-    try:
-        block, convolutions = {"res": (ConvBlock, 2), "fmb": (FusedMBConv, 2), "mb": (MBConv, 3)}[kind]
-    except KeyError:
-        raise RecipeError(f"blocks must be of 'res', 'fmb', 'mb' and 'att', got {kind!r}") from None
+    block, convolutions = _BLOCKS[kind]
     before = convolutions - 1
     built: nn.Module = block(
         channels,
