@@ -48,7 +48,8 @@ def tensor_types(model: onnx.ModelProto, axes: Mapping[str, int]) -> dict[str, T
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
     protos = {i.name: onnx.helper.make_tensor_type_proto(i.data_type, i.dims) for i in model.graph.initializer}
     # Of any type: the scales of a Resize are floats.
-    known: dict[str, onnx.TensorProto] = {i.name: i for i in model.graph.initializer if math.prod(i.dims) <= _MAX_FOLDED}
+    constants = (i for i in model.graph.initializer if math.prod(i.dims) <= _MAX_FOLDED)
+    known: dict[str, onnx.TensorProto] = {i.name: i for i in constants}
     for value in model.graph.input:
         if value.name not in protos:
             protos[value.name] = _sized(value, axes)
