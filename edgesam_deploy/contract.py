@@ -51,8 +51,9 @@ LABEL_PADDING = -1
 # both sides to S.
 LONGEST_SIDE, STRETCH = RESIZES = ("longest_side", "stretch")
 # Which of the M masks answers where one is asked for: the first, trained for that (SAM); the one of the highest
-# predicted IoU, all being candidates (EfficientSAM); the first if it is stable, else the best of the others (SAM 2).
-FIRST, BEST, STABLE = SINGLE_MASKS = ("first", "best", "stable")
+# predicted IoU, all being candidates (EfficientSAM), or all but the first (TinySAM); the first if it is stable, else
+# the best of the others (SAM 2).
+FIRST, BEST, CANDIDATE, STABLE = SINGLE_MASKS = ("first", "best", "candidate", "stable")
 
 # SAM's mask decoder upscales the embedding by two transposed convolutions of stride 2.
 MASK_UPSCALE = 4
@@ -71,7 +72,7 @@ class Geometry:
     mask_input: whether the decoder takes a mask as a prompt.
     high_res_channels: of the two finer feature maps that the encoder hands to the decoder, () where there are none.
     max_points: the most points that the decoder takes of one prompt, a box being two; None for any number.
-    single_mask: "first", "best" or "stable", which mask is the single answer (``predictor``).
+    single_mask: "first", "best", "candidate" or "stable", which mask is the single answer (``predictor``).
     box_padding: whether a box, too, is followed by the padding point that SAM adds to points alone (``prompts``).
     """
 

@@ -199,6 +199,14 @@ def test_which_mask_is_the_single_answer(
     assert masks.shape == (len(candidates), 6, 10)
 
 
+def test_the_best_candidate_is_never_the_first_mask() -> None:
+    """Where mask 0 is not trained to be an answer, a high iou_prediction of it says nothing."""
+    predictor = variant(planes(5.0, 6.0, 7.0, 8.0), [0.95, 0.5, 0.9, 0.4], single_mask="candidate")
+    _, iou, low_res = predictor.predict(box=[1, 1, 9, 5], multimask_output=False)
+    assert (low_res[:, 0, 0].tolist(), iou.tolist()) == ([np.float32(7.0)], [np.float32(0.9)])
+    assert predictor.predict(box=[1, 1, 9, 5]).low_res_masks[:, 0, 0].tolist() == [6.0, 7.0, 8.0]
+
+
 def test_a_model_without_mask_prompts_refuses_them_by_name() -> None:
     predictor = variant(planes(1.0, 2.0, 3.0, 4.0), [0.1, 0.2, 0.3, 0.4], mask_input=False)
     predictor.predict(box=[1, 1, 9, 5])

@@ -16,9 +16,11 @@ from edgesam_deploy.models import (
     efficient_sam,
     efficientvit_sam,
     mobile_sam,
+    nanosam,
     repvit_sam,
     sam2,
     sam_vit,
+    slim_sam,
     timm_fpn,
 )
 from edgesam_deploy.models.architecture import Architecture
@@ -32,9 +34,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "efficient_sam": efficient_sam.ARCHITECTURE,
     "efficientvit_sam": efficientvit_sam.ARCHITECTURE,
     "mobile_sam": mobile_sam.ARCHITECTURE,
+    "nanosam": nanosam.ARCHITECTURE,
     "repvit_sam": repvit_sam.ARCHITECTURE,
     "sam2": sam2.ARCHITECTURE,
     "sam_vit": sam_vit.ARCHITECTURE,
+    "slim_sam": slim_sam.ARCHITECTURE,
     "timm_fpn": timm_fpn.ARCHITECTURE,
 }
 

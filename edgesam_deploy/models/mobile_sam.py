@@ -1,11 +1,13 @@
 """MobileSAM (Zhang et al. 2023, https://github.com/ChaoningZhang/MobileSAM): SAM behind a TinyViT encoder.
 
-Tensor names are upstream's, so ``mobile_sam.pt`` loads strictly and without a key map.
+Tensor names are upstream's, so ``mobile_sam.pt`` loads strictly and without a key map. TinySAM (Shu et al. 2023,
+https://github.com/xinghaochen/TinySAM) is the same network with other weights. So is MobileSAMv2, whose decoder for
+many boxes at once is published by itself under two other names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from segment_anything.modeling import Sam
@@ -84,4 +86,11 @@ def build(recipe: Recipe) -> Sam:
     return assemble(MobileSamEncoder(**sizes, channels=geometry.embedding_channels), recipe)
 
 
-ARCHITECTURE = Architecture(build)
+def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MobileSAMv2's ``Prompt_guided_Mask_Decoder.pt`` has ``PromtEncoder`` (so spelt) and ``MaskDecoder``."""
+    renamed = {"PromtEncoder": "prompt_encoder", "MaskDecoder": "mask_decoder"}
+    parts = ((*name.partition("."), tensor) for name, tensor in state.items())
+    return {f"{renamed.get(head, head)}{dot}{rest}": tensor for head, dot, rest, tensor in parts}
+
+
+ARCHITECTURE = Architecture(build, published_names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import segment_anything
 import torch
 from segment_anything.build_sam import _build_sam
@@ -14,11 +15,25 @@ from edgesam_deploy.recipe import load_recipe
 from .deterministic_weights import deterministic_state, smooth_image
 
 
-def test_vit_b_has_the_state_dict_of_the_registry() -> None:
+@pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
+def test_state_dict_is_the_registrys(name: str) -> None:
     with torch.device("meta"):
-        ours = build_model(load_recipe("sam_vit_b")).state_dict()
-        theirs = segment_anything.sam_model_registry["vit_b"]().state_dict()
+        ours = build_model(load_recipe(f"sam_{name}")).state_dict()
+        theirs = segment_anything.sam_model_registry[name]().state_dict()
     assert [(n, t.shape, t.dtype) for n, t in ours.items()] == [(n, t.shape, t.dtype) for n, t in theirs.items()]
+
+
+@pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
+def test_encoder_is_built_as_the_registry_builds_it(name: str) -> None:
+    """What no tensor's shape shows: heads, windows and which layers attend to the whole image."""
+    with torch.device("meta"):
+        ours = build_model(load_recipe(f"sam_{name}")).image_encoder
+        theirs = segment_anything.sam_model_registry[name]().image_encoder
+    assert repr(ours) == repr(theirs)
+    attributes = ("num_heads", "scale", "use_rel_pos")
+    for mine, other in zip(ours.blocks, theirs.blocks, strict=True):
+        assert mine.window_size == other.window_size
+        assert [getattr(mine.attn, a) for a in attributes] == [getattr(other.attn, a) for a in attributes]
 
 
 def test_a_small_vit_computes_what_segment_anything_builds() -> None:
