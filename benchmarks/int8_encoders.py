@@ -108,13 +108,13 @@ class SamexporterEncoder(nn.Module):
 
 def reference() -> Subject:
     recipe = load_recipe("reference")
-    return Subject(recipe.name, recipe, load_model(recipe, checkpoint_path(recipe)), SHIPPED, 2.7)
+    return Subject(recipe.name, recipe, cast(Sam, load_model(recipe, checkpoint_path(recipe))), SHIPPED, 2.7)
 
 
 def mobile_sam() -> Subject:
     recipe = load_recipe("mobile_sam")
     torch.manual_seed(SEED)
-    return _random(Subject(recipe.name, recipe, build_model(recipe), RANDOM, 2.8))
+    return _random(Subject(recipe.name, recipe, cast(Sam, build_model(recipe)), RANDOM, 2.8))
 
 
 def nanosam_resnet18() -> Subject:
@@ -122,6 +122,13 @@ def nanosam_resnet18() -> Subject:
     torch.manual_seed(SEED)
     encoder = NanoSamEncoder(recipe.geometry.embedding_channels, recipe.geometry.embedding_size)
     return _random(Subject(recipe.name, recipe, assemble(encoder, recipe), RANDOM, 2.7))
+
+
+def student(name: str) -> Subject:
+    """The encoder of any recipe of SAM's family, a student's above all."""
+    recipe = load_recipe(name)
+    torch.manual_seed(SEED)
+    return _random(Subject(recipe.name, recipe, cast(Sam, build_model(recipe)), RANDOM, 1.0))
 
 
 SUBJECTS = (reference, mobile_sam, nanosam_resnet18)
