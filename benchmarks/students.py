@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        print_peak(*options.peak, options.threads)
+        print_peak(options.peak[0], options.peak[1], options.threads)
         return
     if options.one:
         prepare(options.one)
