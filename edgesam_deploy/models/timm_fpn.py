@@ -1,4 +1,4 @@
-"""A timm backbone and a dense two-level-up, one-level-down neck: the encoder of the reference model.
+"""A timm backbone and a dense two-level-up, one-level-down neck: the encoder of all students.
 
 Features at strides 8, 16 and 32 are brought to the embedding's channels and fused at stride 16 by regular
 3x3 convolutions, which is where INT8 pays most.
@@ -19,6 +19,8 @@ from edgesam_deploy.models.architecture import Architecture
 from edgesam_deploy.models.sam import assemble, options
 from edgesam_deploy.recipe import Recipe
 
+STRIDES = (8, 16, 32)
+
 
 class TimmFpnEncoder(nn.Module):
     """image (B,3,S,S) normalised float32 -> image_embeddings (B,C,S/16,S/16) float32."""
@@ -26,12 +28,17 @@ class TimmFpnEncoder(nn.Module):
     def __init__(self, backbone: str, channels: int) -> None:
         super().__init__()
         # Any: torch types every attribute of a Module as Tensor | Module.
-        features: Any = timm.create_model(backbone, pretrained=False, features_only=True, out_indices=(1, 2, 3))
-        reductions = list(features.feature_info.reduction())
-        if reductions != [8, 16, 32]:
-            raise RecipeError(f"backbone {backbone} must give features at strides 8, 16, 32, gives {reductions}")
+        features: Any = timm.create_model(backbone, pretrained=False, features_only=True)
+        reductions, channels_of = features.feature_info.reduction(), features.feature_info.channels()
+        if missing := set(STRIDES) - set(reductions):
+            raise RecipeError(
+                f"backbone {backbone} must give features at strides {', '.join(map(str, STRIDES))}, gives none at "
+                f"{', '.join(map(str, sorted(missing)))}"
+            )
         self.backbone = features
-        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in features.feature_info.channels())
+        # Which of its feature maps differs between backbones: some give one at stride 2, some begin at 4.
+        self.taken = [reductions.index(stride) for stride in STRIDES]
+        self.lateral = nn.ModuleList(nn.Conv2d(channels_of[i], channels, 1) for i in self.taken)
         self.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         self.fuse = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
@@ -44,8 +51,9 @@ class TimmFpnEncoder(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
+        features = self.backbone(image)
         stride8, stride16, stride32 = (
-            lateral(x) for lateral, x in zip(self.lateral, self.backbone(image), strict=True)
+            lateral(features[i]) for lateral, i in zip(self.lateral, self.taken, strict=True)
         )
         up = F.interpolate(stride32, size=stride16.shape[-2:], mode="bilinear", align_corners=False)
         fused: Tensor = self.fuse(torch.add(self.down(stride8) + stride16, up))
