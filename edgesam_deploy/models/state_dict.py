@@ -64,6 +64,8 @@ def _read_pickle(path: Path) -> Any:
         LookupError,
         TypeError,
         AttributeError,
+        AssertionError,
+        ArithmeticError,
         struct.error,
         zipfile.BadZipFile,
     ) as error:
@@ -95,7 +97,7 @@ def _unwrap(loaded: Any, path: Path, key: str | None) -> dict[str, Tensor]:
             break
         loaded, key = loaded[entry], None
     flat = dict(_flat(loaded))
-    if not flat or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in flat.items()):
+    if not _is_state_dict(flat):
         raise CheckpointError(f"{path} must hold a state dict (tensor names to tensors), holds {_describe(loaded)}")
     return flat
 
@@ -116,7 +118,9 @@ def _wrapper(loaded: Mapping[Any, Any], path: Path, key: str | None) -> str | No
 
 
 def _is_state_dict(value: Mapping[Any, Any]) -> bool:
-    return bool(value) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    return bool(value) and all(
+        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in value.items()
+    )
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[Any, Any]]:
