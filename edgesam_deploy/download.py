@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
 
 from edgesam_deploy.errors import CheckpointError
-from edgesam_deploy.files import output_errors, sha256_file
+from edgesam_deploy.files import output_errors, sha256_bytes, sha256_file
 from edgesam_deploy.local_caches import find_elsewhere, fits
 from edgesam_deploy.transfer import Part, part_of, receive
 from edgesam_deploy.weights import PublishedFile
@@ -67,10 +65,9 @@ def fetch(published: PublishedFile, consent: Consent = NO_CONSENT) -> Path:
 
 
 def _cached_name(published: PublishedFile) -> str:
-    name = Path(urlparse(published.url).path).name
     if published.sha256 is not None:
-        return f"{published.sha256[:12]}-{name}"
-    return f"unverified-{hashlib.sha256(published.url.encode()).hexdigest()[:12]}-{name}"
+        return f"{published.sha256[:12]}-{published.name}"
+    return f"unverified-{sha256_bytes(published.url.encode())[:12]}-{published.name}"
 
 
 def _download(published: PublishedFile, path: Path, consent: Consent) -> Path:

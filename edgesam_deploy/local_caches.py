@@ -83,7 +83,7 @@ def _subfolders(folder: Path) -> Iterator[Path]:
 def _torch_hub(published: PublishedFile) -> Path:
     home = os.environ.get("TORCH_HOME")
     folder = Path(home).expanduser() if home else _user_cache() / "torch"
-    return folder / "hub" / "checkpoints" / Path(urlparse(published.url).path).name
+    return folder / "hub" / "checkpoints" / published.name
 
 
 def _user_cache() -> Path:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlparse
 
 from edgesam_deploy.errors import RecipeError
 
@@ -41,6 +42,11 @@ class PublishedFile:
             raise RecipeError(f"checkpoint.parts takes must be a list of name prefixes, got {self.takes!r}")
         if not isinstance(self.prefix, str):
             raise RecipeError(f"checkpoint.parts prefix must be a text, got {self.prefix!r}")
+
+    @property
+    def name(self) -> str:
+        """What the file is called there."""
+        return urlparse(self.url).path.rpartition("/")[2]
 
 
 @dataclass(frozen=True, slots=True)

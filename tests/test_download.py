@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from urllib.error import URLError
+from urllib.parse import urlparse
 from urllib.request import Request
 
 import pytest
@@ -43,7 +44,7 @@ class Publisher(BaseHTTPRequestHandler):
         server.ranges.append((self.headers.get("Range"), self.headers.get("If-Range")))
         server.tokens.append(self.headers.get("Authorization"))
         self.close_connection = True
-        ANSWERS[Path(self.path).stem](self)
+        ANSWERS[Path(urlparse(self.path).path).stem](self)
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep stderr for what is under test."""
@@ -193,6 +194,10 @@ def current_nameless(client: Publisher) -> None:
     client.serve(WEIGHTS, {})
 
 
+def gated(client: Publisher) -> None:
+    client.send_error(401)
+
+
 def redirect(client: Publisher) -> None:
     client.head(302, Location="/good.pt", Content_Length="0")
 
@@ -232,9 +237,9 @@ def endless(client: Publisher) -> None:
 ANSWERS: dict[str, Callable[[Publisher], None]] = {
     f.__name__: f
     for f in (
-        good, unannounced, other, cut, cut_unannounced, cut_chunked, empty, odd_length, missing, gone, no_http, silent,
-        flaky, flaky_dated, flaky_nameless, flaky_without_ranges, flaky_elsewhere, current, current_nameless, redirect,
-        redirect_to_flaky, loop, to_a_disk, to_ftp, slow,
+        good, unannounced, other, cut, cut_unannounced, cut_chunked, empty, odd_length, missing, gone, gated, no_http,
+        silent, flaky, flaky_dated, flaky_nameless, flaky_without_ranges, flaky_elsewhere, current, current_nameless,
+        redirect, redirect_to_flaky, loop, to_a_disk, to_ftp, slow,
         endless,
     )
 }  # fmt: skip
@@ -323,6 +328,15 @@ def test_what_is_not_the_file_is_refused_and_nothing_is_kept(
     assert "--checkpoint" in message
     assert len(message.splitlines()) == 1
     assert kept(cache) == []
+
+
+def test_files_that_an_address_tells_apart_by_its_query_are_kept_apart(server: Server, cache: Path) -> None:
+    """As on Google Drive, whose files are all called ``download``."""
+    agreed = Consent(unverified=True)
+    paths = [fetch(file_at(server.url(f"{name}?id={name}"), sha256=None), agreed) for name in ("good", "unannounced")]
+    assert len(set(paths)) == 2
+    assert [path.suffix for path in paths] == ["", ""]
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("answer", ["good", "unannounced"], ids=["announced", "streamed"])
@@ -530,6 +544,18 @@ def test_no_token_goes_to_a_publisher(server: Server, cache: Path, monkeypatch: 
     monkeypatch.setenv("HF_TOKEN", "secret")
     fetch(file_at(server.url("redirect.pt")))
     assert server.tokens == [None, None]
+
+
+def test_what_one_has_to_log_in_for_names_the_token_on_hugging_face_alone(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = []
+    for host in ("huggingface.co", "127.0.0.1"):
+        monkeypatch.setattr(transfer, "HUGGING_FACE", host)
+        with pytest.raises(CheckpointError, match="the server answers 401 Unauthorized") as caught:
+            fetch(file_at(server.url("gated.pt")))
+        messages.append(str(caught.value))
+    assert ["set HF_TOKEN" in message for message in messages] == [False, True]
 
 
 LED_ON = {

@@ -41,7 +41,7 @@ def join(recipe: Recipe, files: Sequence[Path]) -> Path:
     """
     parts = recipe.checkpoint.parts
     if len(files) != len(parts):
-        names = [part.url.rpartition("/")[2] for part in parts]
+        names = [part.name for part in parts]
         raise InputError(
             f"recipe '{recipe.name}' takes one --checkpoint that holds everything"
             f"{f', or one for each of {names}, in this order' if names else ''}; got {len(files)} of them"
