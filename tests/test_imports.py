@@ -117,7 +117,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("predictor",),
     ("runtime",),
     ("device", "masks", "prompts"),
-    ("transforms", "target"),
+    ("counts", "transforms", "target"),
     ("download", "images", "recipe"),
     ("transfer",),
     ("local_caches",),

@@ -666,7 +666,7 @@ USAGE: dict[str, tuple[str, str]] = {
     "unknown-group-option": ("--fast", "No such option '--fast'"),
     "missing-image": ("predict", "Missing argument 'IMAGE'"),
     "missing-output": ("simplify {encoder.onnx}", "Missing option '-o'"),
-    "surplus-argument": ("models cpu", "unexpected extra argument"),
+    "surplus-argument": ("models reference cpu", "unexpected extra argument"),
     "no-prompt": ("predict {photo.jpg}", "give at least one --point X,Y[,LABEL] or --box X0,Y0,X1,Y1"),
     "points-and-boxes": (
         "predict {photo.jpg} --point 5,5 --box 1,1,9,9 --box 2,2,8,8",
