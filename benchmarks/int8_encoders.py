@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import timm
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
@@ -20,7 +18,6 @@ from edgesam_deploy.contract import IMAGE_EMBEDDINGS
 from edgesam_deploy.images import list_images, read_image
 from edgesam_deploy.models import build_model
 from edgesam_deploy.models.checkpoint import checkpoint_path, load_model
-from edgesam_deploy.models.sam import assemble
 from edgesam_deploy.models.tiny_vit import TinyVitBlock
 from edgesam_deploy.recipe import PACKAGE, Recipe, load_recipe
 from edgesam_deploy.transforms import to_encoder_input
@@ -44,31 +41,6 @@ class Subject:
     model: Sam
     weights: str
     bar: float
-
-
-class NanoSamEncoder(nn.Module):
-    """NanoSAM's ResNet-18 encoder in shape: image (1,3,S,S) -> embeddings (1,256,S/16,S/16), float32.
-
-    Layers and sizes as in nanosam/models/timm_image_encoder.py at 653633614b2e: stride 32 features, three
-    3x3 convolutions, one transposed to stride 16, one 3x3 and one 1x1, GELU between them, a learned position added.
-    """
-
-    def __init__(self, channels: int, side: int) -> None:
-        super().__init__()
-        # Any: torch types every attribute of a Module as Tensor | Module.
-        features: Any = timm.create_model("resnet18", pretrained=False, features_only=True, out_indices=(4,))
-        self.backbone = features
-        widths = [features.feature_info.channels()[-1], channels, channels]
-        layers: list[nn.Module] = []
-        for width in widths:
-            layers += [nn.Conv2d(width, channels, 3, padding=1), nn.GELU()]
-        layers += [nn.ConvTranspose2d(channels, channels, 3, stride=2, padding=1, output_padding=1), nn.GELU()]
-        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GELU(), nn.Conv2d(channels, channels, 1)]
-        self.neck = nn.Sequential(*layers)
-        self.position = nn.Parameter(1e-5 * torch.randn(1, channels, side, side))
-
-    def forward(self, image: Tensor) -> Tensor:
-        return cast(Tensor, self.neck(self.backbone(image)[-1])) + self.position
 
 
 def upstream_layout(block: TinyVitBlock, x: Tensor) -> Tensor:
@@ -118,10 +90,9 @@ def mobile_sam() -> Subject:
 
 
 def nanosam_resnet18() -> Subject:
-    recipe = dataclasses.replace(load_recipe("mobile_sam"), name="nanosam_resnet18")
+    recipe = load_recipe("nanosam_resnet18")
     torch.manual_seed(SEED)
-    encoder = NanoSamEncoder(recipe.geometry.embedding_channels, recipe.geometry.embedding_size)
-    return _random(Subject(recipe.name, recipe, assemble(encoder, recipe), RANDOM, 2.7))
+    return _random(Subject(recipe.name, recipe, cast(Sam, build_model(recipe)), RANDOM, 2.7))
 
 
 def student(name: str) -> Subject:

@@ -24,7 +24,7 @@ from edgesam_deploy.recipe import Recipe
 STRIDE = 32
 
 # A convolution of the backbone as the ONNX exporter leaves it: with a bias, its batch normalisation folded in.
-_FOLDED = re.compile(r"(image_encoder\.backbone\..*?)(conv|downsample\.)(\d+)\.bias")
+_FOLDED = re.compile(r"(image_encoder\.backbone\.(?:.+\.)?)(conv\d|downsample\.0)\.bias")
 BATCH_NORM_EPS = 1e-5
 
 
@@ -80,8 +80,7 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         match = _FOLDED.fullmatch(name)
         if match is None:
             continue
-        # conv2 is followed by bn2; downsample.0 by downsample.1.
-        norm = f"bn{match[3]}" if match[2] == "conv" else f"{match[2]}{int(match[3]) + 1}"
+        norm = "downsample.1" if match[2] == "downsample.0" else match[2].replace("conv", "bn")
         del ours[name]
         ones = torch.ones_like(bias)
         parts = {"weight": ones, "bias": bias, "running_mean": 0 * ones, "running_var": ones - BATCH_NORM_EPS}

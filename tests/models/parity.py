@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,11 @@ def photo_iou(model: nn.Module, recipe: Recipe, upstream: Mapping[str, npt.NDArr
     """Mask IoU, at the photograph's size, of our reference with what upstream's predictor answered.
 
     upstream: "point" and "box", the packed bits of a mask each: the best of the candidates of one click, and the
-    single answer to a box. The same model answers both, the image is embedded once.
+    single answer to a box.
     """
     image = read_image(PHOTO)
     height, width = image.shape[:2]
-    predictor = reference_predictor(copy.copy(model), recipe)
+    predictor = reference_predictor(model, recipe)
     predictor.set_image(image)
     click = predictor.predict([[0.45 * width, 0.55 * height]], [1], multimask_output=True)
     box = predictor.predict(box=[0.2 * width, 0.15 * height, 0.8 * width, 0.9 * height], multimask_output=False)
