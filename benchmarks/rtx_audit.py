@@ -14,22 +14,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-import torch
-
-from edgesam_deploy.bundle import GRAPHS
 from edgesam_deploy.contract import contracts
-from edgesam_deploy.files import sha256_file, write_json
+from edgesam_deploy.files import write_json
 from edgesam_deploy.images import list_images
 from edgesam_deploy.measure.audit import audit
 from edgesam_deploy.measure.latency import machine
 from edgesam_deploy.measure.layers import CompiledLayer, layers_from_log
-from edgesam_deploy.models import build_model
 from edgesam_deploy.models.checkpoint import load_model
 from edgesam_deploy.recipe import PACKAGE, Int8Rules, Recipe, load_recipe
 from edgesam_deploy.runtime.bindings import use
@@ -41,10 +36,17 @@ from edgesam_deploy.stages.compile import CompileOptions, CompileResult, compile
 from edgesam_deploy.stages.export import export_model
 from edgesam_deploy.stages.node_records import NodeRecord, node_records, uniform_reasons
 from edgesam_deploy.stages.simplify import simplify
+from edgesam_deploy.stages.skeleton import simplified_graphs, unit_ranges
 from edgesam_deploy.stages.typed import Typing, type_graph
 from edgesam_deploy.target import load_target
 
 TARGET = "rtx"
+# label -> (the floats beside INT8, what is INT8: nothing, or all that the rules allow)
+TYPED: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "fp16": ("fp16", ()),
+    "int8 fp32": ("fp32", None),
+    "int8 fp16": ("fp16", None),
+}
 OUTPUT = Path("benchmarks/results/rtx/audit.json")
 
 
@@ -63,53 +65,51 @@ def ranges_of(sources: Mapping[str, Path], recipe: Recipe, rules: Int8Rules, fol
     if recipe.checkpoint.file is not None:
         images = list_images(PHOTOS / "calibration")
         return calibrate(sources, images, recipe, rules, folder / "ranges.json")
-    return {name: _made_up(source) for name, source in sources.items()}
+    return {name: unit_ranges(source) for name, source in sources.items()}
 
 
-def _made_up(source: Path) -> Ranges:
-    model = onnx.shape_inference.infer_shapes(graphs.load(source))
-    tensors = (*model.graph.input, *model.graph.value_info, *model.graph.output)
-    ones = {tensor.name: 1.0 for tensor in tensors}
-    return Ranges(0, "made up", "minmax", 100.0, sha256_file(source), ones, ones)
-
-
-def variants(recipe: Recipe, rules: Int8Rules, folder: Path) -> Iterator[Variant]:
-    """Both graphs of a recipe in FP32, in FP16, and in INT8 beside either."""
-    torch.manual_seed(0)
-    shipped = recipe.checkpoint.file
-    model = load_model(recipe, PACKAGE / shipped) if shipped is not None else build_model(recipe)
+def sources_of(recipe: Recipe, folder: Path) -> dict[str, Path]:
+    """Both graphs of a recipe in FP32, simplified: with the weights that are shipped, or with initial ones."""
+    if recipe.checkpoint.file is None:
+        return simplified_graphs(recipe, folder)
+    model = load_model(recipe, PACKAGE / recipe.checkpoint.file)
+    sources = {}
     for name, proto in export_model(model, recipe).items():
         graphs.save(proto, folder / f"{name}.onnx", {})
-    del model
-    sources = {}
-    for name in GRAPHS:
-        sources[name] = folder / f"{name}.fp32.onnx"
-        simplify(folder / f"{name}.onnx", sources[name])
+        sources[name] = simplify(folder / f"{name}.onnx", folder / f"{name}.fp32.onnx").output
+    return sources
+
+
+def variants(recipe: Recipe, sources: Mapping[str, Path], labels: Sequence[str], folder: Path) -> Iterator[Variant]:
+    """Both simplified graphs of a recipe, each in the precisions of ``labels``."""
+    rules = load_target(TARGET).rules_for(recipe)
     ranges = ranges_of(sources, recipe, rules, folder)
     for name, source in sources.items():
         asked = uniform_reasons(source, "INT8 was not asked for")
-        yield Variant(name, "fp32", source, node_records(source, source, ranges[name], asked, {}, {}))
-        for label, rest, int8 in (("fp16", "fp16", ()), ("int8 fp32", "fp32", None), ("int8 fp16", "fp16", None)):
+        if "fp32" in labels:
+            yield Variant(name, "fp32", source, node_records(source, source, ranges[name], asked, {}, {}))
+        for label, (rest, int8) in TYPED.items():
+            if label not in labels:
+                continue
             output = folder / f"{name}.typed.onnx"
-            how = Typing("tensorrt", rest)
-            typed = type_graph(source, ranges[name], recipe.fp16, rules, how, output, int8)
+            typed = type_graph(source, ranges[name], recipe.fp16, rules, Typing("tensorrt", rest), output, int8)
             reasons = typed.reasons if int8 is None else {**asked, **typed.reasons}
             yield Variant(name, label, output, node_records(output, source, ranges[name], reasons, {}, {}))
 
 
-def examine(recipe: Recipe, capability: str) -> list[dict[str, Any]]:
+def examine(
+    recipe: Recipe, sources: Mapping[str, Path], capability: str, labels: Sequence[str], folder: Path
+) -> list[dict[str, Any]]:
+    """Build each variant without a GPU and compare what it was compiled to with what was meant; a row for each."""
     rows = []
-    rules = load_target(TARGET).rules_for(recipe)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for variant in variants(recipe, rules, folder):
-            options = CompileOptions(compute_capabilities=(capability,))
-            contract = contracts(recipe.geometry)[variant.graph]
-            plan = folder / "plan.engine"
-            built = compile_graph(variant.typed, plan, contract, options, use("tensorrt_rtx"), verbose=True)
-            listing = next(m.text for m in built.log if m.text.startswith("Layers:"))
-            rows.append(row(recipe, variant, layers_from_log(listing), built))
-            show(rows[-1])
+    for variant in variants(recipe, sources, labels, folder):
+        options = CompileOptions(compute_capabilities=(capability,))
+        contract = contracts(recipe.geometry)[variant.graph]
+        plan = folder / "plan.engine"
+        built = compile_graph(variant.typed, plan, contract, options, use("tensorrt_rtx"), verbose=True)
+        listing = next(m.text for m in built.log if m.text.startswith("Layers:"))
+        rows.append(row(recipe, variant, layers_from_log(listing), built))
+        show(rows[-1])
     return rows
 
 
@@ -172,7 +172,10 @@ def main() -> None:
         "graphs": [],
     }
     for name in options.recipes:
-        result["graphs"] += examine(load_recipe(name), options.capability)
+        recipe = load_recipe(name)
+        with tempfile.TemporaryDirectory() as folder:
+            sources = sources_of(recipe, Path(folder))
+            result["graphs"] += examine(recipe, sources, options.capability, ("fp32", *TYPED), Path(folder))
         write_json(options.output, result)
     print(f"wrote {options.output}")
 

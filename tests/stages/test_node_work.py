@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgesam_deploy.errors import GraphError
 from edgesam_deploy.files import sha256_file
-from edgesam_deploy.measure.roofline import FP32_SHARE, Efficiency
+from edgesam_deploy.measure.roofline import Efficiency, peak
 from edgesam_deploy.recipe import Int8Rules, PrecisionRules, load_recipe
 from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.calibrate import Ranges
@@ -117,4 +117,4 @@ def test_int8_pays_on_the_reference(built: SimpleNamespace) -> None:
     typed = built.stages / "quantize-encoder" / "encoder.onnx"
     before, after = (graph_cost(path, DEVICE, NO_LAUNCH) for path in (source, typed))
     assert sum(k.operations for k in before.nodes) == sum(k.operations for k in after.nodes)
-    assert 1.5 < before.ms / after.ms < 33 / 17 / FP32_SHARE
+    assert 1.5 < before.ms / after.ms < peak(DEVICE, "int8") / peak(DEVICE, "fp32")
