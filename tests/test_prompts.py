@@ -165,6 +165,23 @@ def test_the_padding_point_comes_exactly_without_a_box(prompt: tuple[Any, Any, A
     np.testing.assert_array_equal(coords[encoded == -1], np.zeros((int((encoded == -1).sum()), 2)))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "labels"),
+    [
+        ((POINTS, [1, 0, 1], None), [[1, 0, 1, -1]]),
+        ((None, None, BOX), [[2, 3, -1]]),
+        ((POINT, [0], BOX), [[0, 2, 3, -1]]),
+    ],
+    ids=["clicks", "box", "click-and-box"],
+)
+def test_sam_2s_padding_point_comes_with_a_box_too(prompt: tuple[Any, Any, Any], labels: list[list[int]]) -> None:
+    coords, encoded = encode_prompts(check_prompts(*prompt, HW), HW, 1024, box_padding=True)
+    np.testing.assert_array_equal(encoded, labels)
+    np.testing.assert_array_equal(coords[0, -1], [0.0, 0.0])
+    nothing, _ = encode_prompts(check_prompts(None, None, None, HW), HW, 1024, box_padding=True)
+    assert nothing.shape == (1, 0, 2)
+
+
 def test_without_points_and_boxes_there_are_no_tokens() -> None:
     """A mask input alone: segment-anything then has no sparse embedding."""
     coords, labels = encode_prompts(check_prompts(None, None, None, HW), HW, 1024)
