@@ -55,7 +55,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _print_models(recipes: list[Recipe]) -> None:
-    """One line each; a family's models by size, its families by their smallest. Sources are numbered below."""
+    """One line each; families by their smallest model, those yet to be trained last. Sources are numbered below."""
     sources: dict[str, int] = {}
     rows = []
     for recipe in _by_family(recipes):
@@ -77,7 +77,8 @@ def _print_models(recipes: list[Recipe]) -> None:
             )
         )
     print_table("models (everything of one: sam-export models NAME)", COLUMNS, rows)
-    click.echo("M params, GMAC: counted from the network, an image and one prompt. MB: the download.")
+    click.echo("M params, GMAC: counted from the network, an image and one prompt")
+    click.echo("MB: the download; with ~, which nobody states, 4 bytes a parameter")
     for variant, takes in VARIANTS.items():
         click.echo(f"contract {variant}: the decoder takes {takes}")
     for source, number in sources.items():
@@ -91,9 +92,11 @@ def _by_family(recipes: Iterable[Recipe]) -> list[Recipe]:
         counts = counts_of(recipe)
         return counts.params_m if counts else 0.0
 
-    smallest: dict[str, float] = {}
+    smallest: dict[str, tuple[bool, float]] = {}
     for recipe in recipes:
-        smallest[recipe.family] = min(size(recipe), smallest.get(recipe.family, float("inf")))
+        untrained = not (recipe.checkpoint.file or recipe.checkpoint.files)
+        rank = (untrained, size(recipe))
+        smallest[recipe.family] = min(rank, smallest.get(recipe.family, rank))
     return sorted(recipes, key=lambda recipe: (smallest[recipe.family], recipe.family, size(recipe), recipe.name))
 
 
@@ -105,12 +108,16 @@ def _counted(recipe: Recipe) -> tuple[str, str]:
 
 
 def _megabytes(recipe: Recipe) -> str:
+    from edgesam_deploy.counts import counts_of
+
     if recipe.checkpoint.file is not None:
         return "shipped"
     if not recipe.checkpoint.files:
         return "untrained"
-    size = _download_bytes(recipe)
-    return "?" if size is None else f"{size / 1e6:.0f}"
+    size, counts = _download_bytes(recipe), counts_of(recipe)
+    if size is not None:
+        return f"{size / 1e6:.0f}"
+    return "?" if counts is None else f"~{4 * counts.params_m:.0f}"
 
 
 def _download_bytes(recipe: Recipe) -> int | None:
