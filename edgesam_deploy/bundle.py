@@ -1,6 +1,7 @@
 """Bundles: the folder that a build makes and a runtime loads.
 
     encoder.onnx  decoder.onnx   the two graphs (contract.py)
+    encoder.onnx.data            weights of a graph over 2 GB, which one ONNX file cannot hold; beside either graph
     manifest.json                schema, hashes, origin, geometry, image constants, results
     verify/                      images and answers.npz, the PyTorch FP32 model's answers (measure.accuracy)
     nodes.json                   what each node is meant to compute in, and why (measure.explain)

@@ -22,6 +22,7 @@ from edgesam_deploy.measure.accuracy import Answers, answer, compare
 from edgesam_deploy.predictor import Predictor
 from edgesam_deploy.recipe import Int8Rules, Recipe
 from edgesam_deploy.runtime import Array, Session, open_session
+from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.cache import code_digest, tool_versions
 from edgesam_deploy.stages.calibrate import Ranges, images_digest
 from edgesam_deploy.stages.fp16 import emulate_fp16
@@ -72,7 +73,7 @@ class Subject:
             path.touch()
             return path
         for old in sorted(self.folder.glob("*.onnx"), key=lambda p: p.stat().st_mtime_ns)[:-_FILES]:
-            old.unlink()
+            graphs.remove(old)
         make(path)
         return path
 

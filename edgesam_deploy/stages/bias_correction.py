@@ -25,6 +25,7 @@ from edgesam_deploy.files import sha256_file
 from edgesam_deploy.images import read_image
 from edgesam_deploy.recipe import Recipe
 from edgesam_deploy.runtime import open_session
+from edgesam_deploy.stages import external_data
 from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.transforms import to_encoder_input
 
@@ -107,7 +108,7 @@ def _layers(model: onnx.ModelProto) -> Iterator[_Layer]:
 
 def _means(model: onnx.ModelProto, layers: Sequence[_Layer], feeds: Iterable[Mapping[str, Any]]) -> Means:
     """Mean of every channel of the layers' outputs over all images and positions."""
-    inferred = onnx.shape_inference.infer_shapes(model)
+    inferred = graphs.inferred(model)
     rank = {v.name: len(v.type.tensor_type.shape.dim) for v in (*inferred.graph.value_info, *inferred.graph.output)}
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
@@ -124,7 +125,7 @@ def _means(model: onnx.ModelProto, layers: Sequence[_Layer], feeds: Iterable[Map
     sizes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "watched.onnx"
-        path.write_bytes(watched.SerializeToString())
+        external_data.write(watched, path)
         with open_session(path) as session:
             for feed in feeds:
                 outputs = session.run(feed)

@@ -26,6 +26,7 @@ from edgesam_deploy.images import list_images
 from edgesam_deploy.measure.accuracy import AccuracyResult, load_answers
 from edgesam_deploy.recipe import PACKAGE, PRECISIONS, Recipe
 from edgesam_deploy.runtime import CPU_BACKENDS
+from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.cache import StageCache, StageRun, exclusive, tool_versions
 from edgesam_deploy.stages.node_records import node_records, write_nodes
 from edgesam_deploy.stages.precision import Job, Outcome, Progress, bar, detail, type_graphs
@@ -219,7 +220,7 @@ def _assemble(
     threshold = options.threshold
     with writing_folder(options.output) as folder:
         for name, typed in outcome.graphs.items():
-            shutil.copyfile(typed.graph, folder / f"{name}.onnx")
+            graphs.copy(typed.graph, folder / f"{name}.onnx")
         _write_nodes(folder / NODES, outcome)
         (folder / VERIFY).mkdir()
         for name in (*recorded.files, ANSWERS_NAME):

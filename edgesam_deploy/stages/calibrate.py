@@ -29,6 +29,7 @@ from edgesam_deploy.predictor import Predictor
 from edgesam_deploy.prompts import check_prompts
 from edgesam_deploy.recipe import Int8Rules, Recipe
 from edgesam_deploy.runtime import Session, SessionOptions, Tensor, open_session
+from edgesam_deploy.stages import external_data
 from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.histogram import Histogram
 from edgesam_deploy.stages.placement import quantizable
@@ -71,7 +72,7 @@ def calibrate(
     iteration over images, for a progress bar. Raises GraphError for other graphs and for values that are not finite.
     """
     expected = contracts(recipe.geometry)
-    image_size = _image_size(graphs.load(sources["encoder"]), sources["encoder"])
+    image_size = _image_size(graphs.load(sources["encoder"], weights=False), sources["encoder"])
     padding = (recipe.pixels.padding, recipe.geometry.resize)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         watching = {
@@ -240,13 +241,13 @@ def _watched(
     del watched.graph.output[:]
     for name in outputs:
         watched.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    path.write_bytes(watched.SerializeToString())
+    external_data.write(watched, path)
     return path
 
 
 def _float_tensors(model: onnx.ModelProto) -> dict[str, int]:
     """Bytes by name of every float32 tensor that a node writes, in graph order; integer ones have no scale."""
-    inferred = onnx.shape_inference.infer_shapes(model)
+    inferred = graphs.inferred(model)
     sizes = {
         v.name: 4 * int(np.prod([d.dim_value or _DYNAMIC for d in v.type.tensor_type.shape.dim], dtype=np.int64))
         for v in (*inferred.graph.value_info, *inferred.graph.output)

@@ -151,7 +151,7 @@ def _compare(model: nn.Module, recipe: Recipe, path: Path, name: str) -> float:
     """Relative error of the written graph against PyTorch's own modules. GraphError above ``graphs.AGREEMENT``."""
     contract = contracts(recipe.geometry)[name]
     check_contract(path, contract)
-    feeds = graphs.example_feeds(onnx.load(path), seed=1)
+    feeds = graphs.example_feeds(graphs.load(path, weights=False), seed=1)
     module = dict(zip(("encoder", "decoder"), graph_modules(model, recipe), strict=True))[name]
     with open_session(path) as session:
         error = graphs.relative_error(PyTorchSession(module, contract).run(feeds), session.run(feeds))

@@ -54,10 +54,14 @@ def convert_to_fp16(
 
     model = graphs.load(source)
     kept = kept_nodes(model, rules, absmax or {})
+    types = graphs.inferred(model).graph.value_info
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(types)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weights below half's smallest number: they round to 0, as on the device
+        # Inferring shapes itself, it would hand the whole graph on as one message.
         half = convert_float_to_float16(
-            onnx.shape_inference.infer_shapes(model), keep_io_types=True, node_block_list=sorted(kept), op_block_list=[]
+            model, keep_io_types=True, disable_shape_infer=True, node_block_list=sorted(kept), op_block_list=[]
         )
     _join_kept(half)
     graphs.sort_nodes(half)
@@ -135,7 +139,7 @@ def _cast(source: str, output: str, to: int) -> onnx.NodeProto:
 
 def _tensor_types(model: onnx.ModelProto) -> dict[str, int]:
     """Element type by tensor name, for everything shape inference can tell."""
-    inferred = onnx.shape_inference.infer_shapes(model)
+    inferred = graphs.inferred(model)
     return {v.name: v.type.tensor_type.elem_type for v in (*inferred.graph.value_info, *inferred.graph.output)}
 
 

@@ -16,10 +16,10 @@ from edgesam_deploy.contract import POINT_COORDS, POINT_LABELS
 from edgesam_deploy.errors import GraphError
 from edgesam_deploy.files import write_bytes
 from edgesam_deploy.runtime import open_session
+from edgesam_deploy.stages import external_data
 
 # onnxruntime 1.23, the last with Python 3.10 wheels, reads no higher.
 MAX_IR_VERSION = 10
-PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
 PRODUCER = "edgesam-deploy"
 # Relative to the largest |output|: what re-ordering float32 sums may change.
 AGREEMENT = 1e-4
@@ -29,8 +29,11 @@ _NUMBERS = {
 }
 
 
-def load(path: Path) -> onnx.ModelProto:
-    """Read and check an ONNX file. Raises GraphError for a missing, empty, truncated or invalid one."""
+def load(path: Path, weights: bool = True) -> onnx.ModelProto:
+    """Read and check an ONNX file. Raises GraphError for a missing, empty, truncated or invalid one.
+
+    weights: False leaves those that are in a file of their own (``external_data``) there: for what needs no values.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -40,7 +43,8 @@ def load(path: Path) -> onnx.ModelProto:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
-        onnx.checker.check_model(model)
+        # By its path, the checker finds the other file too.
+        onnx.checker.check_model(str(path) if external_data.is_external(model) else model)
     except (DecodeError, onnx.checker.ValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GraphError(
@@ -48,22 +52,43 @@ def load(path: Path) -> onnx.ModelProto:
         ) from error
     if not model.graph.node:
         raise GraphError(f"{path} is an ONNX file without a graph. Run the stage that makes it again")
+    if weights and external_data.is_external(model):
+        external_data.read_weights(model, path)
     return model
 
 
 def save(model: onnx.ModelProto, path: Path, origin: Mapping[str, str]) -> None:
     """Write a graph whole or not at all, with its origin as metadata and nothing of the machine that made it.
 
-    Exporters leave stack traces with local paths in the node metadata; they are dropped.
+    Exporters leave stack traces with local paths in the node metadata; they are dropped. Weights of more than 2 GB go
+    into a file beside it.
     """
     strip(model)
     model.producer_name = PRODUCER
     model.ir_version = min(model.ir_version, MAX_IR_VERSION)
     for key, value in sorted(origin.items()):
         model.metadata_props.add(key=key, value=value)
-    if model.ByteSize() > PROTOBUF_LIMIT_BYTES:
-        raise GraphError(f"{path.name} would be over 2 GB, which one ONNX file cannot hold; use a smaller model")
-    write_bytes(path, model.SerializeToString(deterministic=True))
+    external_data.write(model, path)
+
+
+def copy(source: Path, output: Path) -> None:
+    """Copy an ONNX file, and the file of its weights where it has one."""
+    model = load(source, weights=False)
+    if external_data.is_external(model):
+        external_data.copy(model, source, output)
+    else:
+        write_bytes(output, source.read_bytes())
+
+
+def remove(path: Path) -> None:
+    """Delete an ONNX file, and the file of its weights where it has one."""
+    for file in (path, external_data.data_file(path)):
+        file.unlink(missing_ok=True)
+
+
+def inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with what shape inference tells of its tensors; without the values of its weights if they are large."""
+    return onnx.shape_inference.infer_shapes(external_data.skeleton(model) if external_data.is_large(model) else model)
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -179,8 +204,11 @@ def _blocks(rng: np.random.Generator, shape: list[int]) -> npt.NDArray[np.uint8]
 
 def disagreement(first: Path, second: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> float:
     """Largest |difference| of any output, relative to that output's largest |value|; inf where one is not finite."""
-    with open_session(first) as a, open_session(second) as b:
-        return relative_error(a.run(feeds), b.run(feeds))
+    with open_session(first) as session:
+        expected = session.run(feeds)
+    # One after the other: both at once would hold the weights of large models twice.
+    with open_session(second) as session:
+        return relative_error(expected, session.run(feeds))
 
 
 def relative_error(expected: Mapping[str, npt.NDArray[Any]], got: Mapping[str, npt.NDArray[Any]]) -> float:

@@ -48,7 +48,7 @@ def node_records(
     Raises GraphError where the two graphs do not fit, and for a weighted node that is not INT8 and has no reason: the
     stage that left it out must say why.
     """
-    model, meant = graphs.load(source), wanted_precisions(typed)
+    model, meant = graphs.load(source, weights=False), wanted_precisions(typed)
     macs, inputs = node_macs(source), _Quantized(typed)
     grouped = _grouped(model, block_of)
     records: dict[str, NodeRecord] = {}
@@ -76,7 +76,8 @@ def node_records(
 
 def uniform_reasons(source: Path, why: str) -> dict[str, str]:
     """One reason for every weighted node of a graph: "the decoder stays FP32", "built in FP16"."""
-    return {node_name(node): why for node in graphs.load(source).graph.node if node.op_type in WEIGHTED}
+    nodes = graphs.load(source, weights=False).graph.node
+    return {node_name(node): why for node in nodes if node.op_type in WEIGHTED}
 
 
 def write_nodes(
@@ -95,7 +96,7 @@ class _Quantized:
         self.values, self.made_by = graphs.constants(model), graphs.producers(model)
         self.nodes = {node_name(node): node for node in model.graph.node}
         self.users = graphs.consumers(model)
-        inferred = onnx.shape_inference.infer_shapes(model).graph
+        inferred = graphs.inferred(model).graph
         self.types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.output)}
 
     def scale(self, name: str) -> float | None:

@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from edgesam_deploy.errors import GraphError
 from edgesam_deploy.files import TEMPORARY_PREFIX, sha256_file
+from edgesam_deploy.stages import external_data
 from edgesam_deploy.stages import graph as graphs
 
 
@@ -39,10 +40,13 @@ def simplify(source: Path, output: Path) -> SimplifyResult:
     outputs agree with the input graph; otherwise the next one is tried. Raises GraphError when none passes.
     """
     before = graphs.load(source)
+    # The tools hand a graph on as one message, which large weights are too much for; the exporter has folded those.
+    light, hidden = external_data.hide_weights(before) if external_data.is_large(before) else (before, [])
     rejected: list[str] = []
     for tool, run in _TOOLS.items():
         try:
-            candidate = run(source)
+            candidate = run(_copied(light))
+            external_data.reveal_weights(candidate, hidden)
         except Exception as error:  # three third-party tools, each with its own exceptions
             rejected.append(f"{tool}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
             continue
@@ -162,26 +166,33 @@ def _judge(source: Path, before: onnx.ModelProto, candidate: onnx.ModelProto, fo
         graphs.save(candidate, trial, {})
         error = graphs.disagreement(source, trial, graphs.example_feeds(before))
     finally:
-        trial.unlink(missing_ok=True)
+        graphs.remove(trial)
     return (f"outputs moved by {error:.2g}" if error > graphs.AGREEMENT else ""), error
 
 
-def _onnxsim(source: Path, optimize: bool) -> onnx.ModelProto:
+def _copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """For a tool to do with as it likes."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    return copied
+
+
+def _onnxsim(model: onnx.ModelProto, optimize: bool) -> onnx.ModelProto:
     import onnxsim
 
-    model: onnx.ModelProto = onnxsim.simplify(graphs.load(source), perform_optimization=optimize)[0]
-    return model
+    simplified: onnx.ModelProto = onnxsim.simplify(model, perform_optimization=optimize)[0]
+    return simplified
 
 
-def _onnxslim(source: Path) -> onnx.ModelProto:
+def _onnxslim(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxslim
 
-    model: onnx.ModelProto = onnxslim.slim(graphs.load(source))
-    return model
+    slim: onnx.ModelProto = onnxslim.slim(model)
+    return slim
 
 
-_TOOLS: dict[str, Callable[[Path], onnx.ModelProto]] = {
-    "onnxsim": lambda source: _onnxsim(source, optimize=True),
-    "onnxsim without optimizer passes": lambda source: _onnxsim(source, optimize=False),
+_TOOLS: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
+    "onnxsim": lambda model: _onnxsim(model, optimize=True),
+    "onnxsim without optimizer passes": lambda model: _onnxsim(model, optimize=False),
     "onnxslim": _onnxslim,
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnx
 import torch
 
 from edgesam_deploy.errors import InputError
@@ -35,7 +34,7 @@ def simplified_graphs(recipe: Recipe, folder: Path) -> dict[str, Path]:
         exported, found[name] = folder / f"{name}.exported.onnx", folder / f"{name}.fp32.onnx"
         graphs.save(protos.pop(name), exported, {})
         simplify(exported, found[name])
-        exported.unlink()
+        graphs.remove(exported)
     return found
 
 
@@ -70,7 +69,7 @@ def type_without_ranges(
 
 def unit_ranges(source: Path) -> Ranges:
     """As if every tensor of the graph stayed within ±1."""
-    model = onnx.shape_inference.infer_shapes(graphs.load(source))
+    model = graphs.inferred(graphs.load(source, weights=False))
     tensors = (*model.graph.input, *model.graph.value_info, *model.graph.output)
     ones = {tensor.name: 1.0 for tensor in tensors}
     return Ranges(0, "made up", "minmax", 100.0, sha256_file(source), ones, ones)

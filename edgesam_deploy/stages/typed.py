@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgesam_deploy.errors import GraphError, InputError
-from edgesam_deploy.files import write_bytes
 from edgesam_deploy.recipe import Int8Rules, PrecisionRules
 from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.calibrate import Ranges
@@ -84,12 +83,12 @@ def type_graph(
         elif how.encoding == "cpu" and names:
             encode_for_cpu(typed, ranges, output)
         else:
-            write_bytes(output, typed.read_bytes())
+            graphs.copy(typed, output)
     return TypedResult(output, names, reasons)
 
 
 def _check_opset(source: Path) -> None:
-    opset = next((o.version for o in graphs.load(source).opset_import if o.domain in ("", "ai.onnx")), 0)
+    opset = next((o.version for o in graphs.load(source, weights=False).opset_import if o.domain in ("", "ai.onnx")), 0)
     if opset < HALF_SCALES_OPSET:
         raise GraphError(
             f"{source} has opset {opset}; INT8 beside FP16 needs scales in FP16, opset {HALF_SCALES_OPSET}: set "

@@ -27,7 +27,7 @@ def wanted_precisions(graph: Path) -> dict[str, str]:
     of its first output, or of an input where it has none (a comparison). Raises GraphError where shape inference cannot
     tell a type, and for nodes of one name that differ.
     """
-    model = graphs.load(graph)
+    model = graphs.load(graph, weights=False)
     types = _element_types(model)
     made_by = graphs.producers(model)
     wanted: dict[str, str] = {}
@@ -52,7 +52,7 @@ def wanted_precisions(graph: Path) -> dict[str, str]:
 
 def operators(graph: Path) -> dict[str, str]:
     """Node name → operator, for every node."""
-    return {node_name(node): node.op_type for node in graphs.load(graph).graph.node}
+    return {node_name(node): node.op_type for node in graphs.load(graph, weights=False).graph.node}
 
 
 def node_name(node: onnx.NodeProto) -> str:
@@ -72,7 +72,7 @@ def _is_int8(node: onnx.NodeProto, made_by: dict[str, onnx.NodeProto], types: di
 
 
 def _element_types(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    inferred = graphs.inferred(model).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.value_info, *inferred.output)}
     types |= {i.name: i.data_type for i in model.graph.initializer}
     return {name: kind for name, kind in types.items() if kind != TensorProto.UNDEFINED}
