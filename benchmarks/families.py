@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from edgesam_deploy.bundle import GRAPHS
@@ -39,20 +39,21 @@ PHOTO = PACKAGE / "assets" / "photos" / "verify" / "dog.jpg"
 POINT = "300,350"
 LABELS = ("fp16", "int8 fp16")
 CAPABILITY = "8.6"
-# One size of each family; the others differ by numbers in their TOMLs only. recipe -> its file of tests/models.
-FAMILIES = {
-    "sam_vit_b": "test_sam_vit",
-    "mobile_sam": "test_mobile_sam",
-    "mobile_sam_v2": "test_mobile_sam_v2",
-    "nanosam_resnet18": "test_nanosam",
-    "edge_sam": "test_edge_sam",
-    "efficientvit_sam_l0": "test_efficientvit_sam",
-    "tiny_sam": "test_tiny_sam",
-    "repvit_sam": "test_repvit_sam",
-    "efficient_sam_ti": "test_efficient_sam",
-    "slim_sam_77": "test_slim_sam",
-    "sam2.1_hiera_tiny": "test_sam2",
-    "edge_tam": "test_sam2",
+# One size of each family; the others differ by numbers in their TOMLs only. recipe -> its file of tests/models, and the
+# recorded listing of upstream's tensors: file and entry (segment-anything itself is installed, and asked).
+FAMILIES: dict[str, tuple[str, str | None, str]] = {
+    "sam_vit_b": ("test_sam_vit", None, ""),
+    "mobile_sam": ("test_mobile_sam", "mobile_sam", "state"),
+    "mobile_sam_v2": ("test_mobile_sam_v2", "mobile_sam_v2", "published_state"),
+    "nanosam_resnet18": ("test_nanosam", "nanosam", "state"),
+    "edge_sam": ("test_edge_sam", "edge_sam", "state"),
+    "efficientvit_sam_l0": ("test_efficientvit_sam", "efficientvit_sam", "state"),
+    "tiny_sam": ("test_tiny_sam", "tiny_sam", "state"),
+    "repvit_sam": ("test_repvit_sam", "repvit_sam", "state"),
+    "efficient_sam_ti": ("test_efficient_sam", "efficient_sam", "ti.state"),
+    "slim_sam_77": ("test_slim_sam", "slim_sam", "77.state"),
+    "sam2.1_hiera_tiny": ("test_sam2", "sam2", "state"),
+    "edge_tam": ("test_sam2", "edge_tam", "state"),
 }
 STUDENTS = "student_"
 
@@ -114,26 +115,33 @@ def in_own_process(name: str) -> dict[str, Any]:
 
 
 def parity(files: set[str]) -> dict[str, dict[str, Any]]:
-    """What the parity tests report, by file: tests run and failed, and their recorded properties."""
+    """What the parity tests report, by file: how many ran, those that failed, and the largest error of them all."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         paths = [f"tests/models/{name}.py" for name in sorted(files)]
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *paths, f"--junitxml={report}"],
-            cwd=ROOT, stdout=sys.stderr, check=False, env={**os.environ, "PYTEST_ADDOPTS": ""},
-        )  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", *paths, f"--junitxml={report}"]
+        subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
-        entry = found.setdefault(case.get("classname", "").rsplit(".", 1)[-1], {"tests": 0, "failed": [], "errors": {}})
+        file = case.get("classname", "").rsplit(".", 1)[-1]
+        entry = found.setdefault(file, {"tests": 0, "failed": [], "largest_error": 0.0})
         entry["tests"] += 1
         if case.find("failure") is not None or case.find("error") is not None:
             entry["failed"].append(case.get("name"))
-        for item in case.iter("property"):
-            key, value = str(item.get("name")), float(str(item.get("value")))
-            worst = min if key.endswith("iou") else max
-            entry["errors"][key] = worst(entry["errors"].get(key, value), value)
+        errors = [float(str(p.get("value"))) for p in case.iter("property") if p.get("name") == "largest_error"]
+        entry["largest_error"] = max([entry["largest_error"], *errors])
     return found
+
+
+def upstream_tensors(name: str) -> int:
+    """How many tensors upstream's state dict has."""
+    _, file, entry = FAMILIES[name]
+    if file is None:
+        with torch.device("meta"):
+            return len(build_model(load_recipe(name)).state_dict())
+    with np.load(ROOT / "tests" / "models" / "data" / f"{file}_outputs.npz") as recorded:
+        return len(recorded[entry])
 
 
 def main() -> None:
@@ -152,11 +160,12 @@ def main() -> None:
     rows: dict[str, Any] = {}
     if options.output.is_file():
         rows = {r["recipe"]: r for r in json.loads(options.output.read_text(encoding="utf-8"))["rows"]}
-    compared = parity({FAMILIES[name] for name in names if name in FAMILIES})
+    compared = parity({FAMILIES[name][0] for name in names if name in FAMILIES})
     for name in names:
         if options.again or name not in rows or "failed" in rows[name]:
             rows[name] = in_own_process(name)
-        rows[name]["parity"] = compared.get(FAMILIES.get(name, ""), rows[name].get("parity"))
+        if name in FAMILIES:
+            rows[name]["parity"] = {**compared[FAMILIES[name][0]], "upstream_tensors": upstream_tensors(name)}
         print(f"{name}: {rows[name].get('failed', 'ok')}, {rows[name]['seconds']} s", flush=True)
         write_json(options.output, {"machine": machine(), "tools": tool_versions(), "rows": list(rows.values())})
     print(f"wrote {options.output}")

@@ -1,8 +1,9 @@
-"""Put the measured figures into README.md, between its markers, from the JSON files that other scripts wrote.
+"""Put the measured figures into README.md, between its markers, and into benchmarks/RESULTS.md, from the JSON files
+that other scripts wrote.
 
     python benchmarks/readme.py [--check]
 
---check changes nothing and fails if the README does not show what the files say.
+--check changes nothing and fails if one of them does not show what the files say.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+EFFICIENCY = ROOT / "edgesam_deploy" / "assets" / "efficiency.json"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -170,7 +173,6 @@ def quality() -> list[str]:
             [f"no model: {name}", *(f"{trivial[name, g]:.3f}" for g in ("all", "small", "medium", "large")), "–"]
         )
     return [
-        "",
         "**The reference model is weak**: it was trained on a CPU from a few hundred images so that the whole path can "
         "be tried without a download. Use it to check your set-up, and MobileSAM or SAM for work. Source: "
         "`benchmarks/results/cpu/reference-quality.json`, `warm-start-quality.json`, `reference_quality.py`.",
@@ -180,7 +182,7 @@ def quality() -> list[str]:
 
 
 def audit() -> list[str]:
-    result: dict[str, Any] = json.loads((RESULTS.parent / "rtx" / "audit.json").read_text(encoding="utf-8"))
+    result = load(RESULTS.parent / "rtx" / "audit.json")
     rows = [
         [
             f"{row['recipe']} {row['graph']}",
@@ -202,20 +204,157 @@ def audit() -> list[str]:
     ]
 
 
+def load(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def family_rows() -> list[dict[str, Any]]:
+    return list(load(RESULTS.parent / "families" / "families.json")["rows"])
+
+
+def families() -> list[str]:
+    """Every family through the whole tool."""
+    rows = []
+    for row in family_rows():
+        if "failed" in row:
+            rows.append([row["recipe"], row["failed"], *["–"] * 5])
+            continue
+        nodes = " / ".join(f"{before} → {after}" for before, after in row["nodes"].values())
+        error = max(row["export_error"], row["simplify_error"])
+        foreign = sum(len(found) for found in row["foreign_nodes"].values())
+        rows.append(
+            [
+                row["recipe"],
+                *parity_cells(row.get("parity")),
+                f"{nodes}; {foreign or 'none'} foreign",
+                f"{error:.1e}",
+                engine_cell(row["engines"], "fp16"),
+                engine_cell(row["engines"], "int8 fp16"),
+                "yes" if row["predict"] else "no",
+            ]
+        )
+    header = [
+        "recipe",
+        "upstream tensors",
+        "error against upstream",
+        "nodes before → after, encoder / decoder",
+        "ONNX Runtime error",
+        "FP16 engines",
+        "INT8 engines",
+        "`predict`",
+    ]
+    return [
+        "**Every family through the whole tool**, one size of each, and every timm student. Upstream's tensors load "
+        "strictly, by name and shape; error: the largest difference of embeddings, low-resolution masks and predicted "
+        "IoU, as a share of the largest value, from what upstream's own code answered with the same weights (recorded "
+        "in `tests/models/data`). Students have no upstream. Engines: both graphs built with TensorRT for RTX without "
+        "a GPU; not as meant: nodes compiled to another type. Graphs here have initial weights. Source: "
+        "`benchmarks/results/families/families.json`, `families.py`.",
+        "",
+        *table(header, rows),
+    ]
+
+
+def parity_cells(parity: dict[str, Any] | None) -> list[str]:
+    if parity is None:
+        return ["–", "–"]
+    if parity["failed"]:
+        return ["–", f"{len(parity['failed'])} of {parity['tests']} tests failed"]
+    return [str(parity["upstream_tensors"]), f"{parity['largest_error']:.1e}" if parity["largest_error"] else "none"]
+
+
+def engine_cell(engines: list[dict[str, Any]], precision: str) -> str:
+    rows = [row for row in engines if row["precision"] == precision]
+    wrong = sum(len(row["mismatched"]) for row in rows)
+    return f"{sum(row['plan_mb'] for row in rows):.0f} MB, {wrong or 'none'} not as meant"
+
+
+def students() -> list[str]:
+    """Which backbones INT8 pays for."""
+    result = load(RESULTS.parent / "students" / "students.json")
+    rows = []
+    for row in sorted(result["rows"], key=lambda r: -r["speedup"]["median"]):
+        fp32, int8 = (row["variants"][row[f"best_{kind}"]] for kind in ("fp32", "int8"))
+        speedup = row["speedup"]
+        rows.append(
+            [
+                row["backbone"],
+                f"{row['parameters'] / 1e6:.1f}",
+                f"{row['macs'] / 1e9:.1f}",
+                f"{100 * row['int8_macs_share']:.0f} %",
+                f"{fp32['median_ms']:.0f}",
+                f"{int8['median_ms']:.0f}",
+                f"{speedup['median']:.2f}× ({speedup['q1']:.2f}–{speedup['q3']:.2f})",
+                f"{fp32['peak_rss_mb']:.0f} → {int8['peak_rss_mb']:.0f}",
+                f"{row['best_fp32'].split(', ')[1]} / {row['best_int8'].split(', ')[1]}",
+            ]
+        )
+    header = ["backbone", "M parameters", "GMACs", "of them INT8", "FP32 ms", "INT8 ms", "INT8 is faster by"]
+    header += ["peak MB", "backend"]
+    return [
+        f"**Which backbones INT8 pays for**, image encoders of the students at 1024 pixels on {result['machine']}, "
+        f"{result['threads']} threads, {result['runs']} alternating runs, medians (quartiles of the ratio); the faster "
+        "of ONNX Runtime and OpenVINO for each precision. Random weights: speed only. Source: "
+        "`benchmarks/results/students/students.json`, `students.py`.",
+        "",
+        "![Bars: how many times faster INT8 is than FP32, by backbone](benchmarks/results/students/students.svg)",
+        "",
+        *table(header, rows),
+    ]
+
+
+def estimates() -> list[str]:
+    """The latency model against published figures, those it was fitted to left out in turn."""
+    result = load(EFFICIENCY)
+    rows = []
+    for kind, entries in (("left out of the fit in turn", result["fitted"]), ("never seen", result["tried"])):
+        for row in entries:
+            model = row["model_ms"] if row["left_out_ms"] is None else row["left_out_ms"]
+            error = f"{100 * (model / row['measured_ms'] - 1):+.0f} %"
+            rows.append([row["name"], row["device"], row["precision"], f"{row['measured_ms']:g}", f"{model:.2f}",
+                         error, kind])  # fmt: skip
+    share = result["efficiency"]
+    return [
+        f"**`sam-export estimate` against published latencies**: {100 * share['compute']:.0f} % of the arithmetic, "
+        f"{100 * share['memory']:.0f} % of the bandwidth, {1e3 * share['launch_ms']:.0f} µs between kernels, fitted to "
+        "EfficientViT-SAM on AGX Orin. Source: `edgesam_deploy/assets/efficiency.json`, `estimate_fit.py`, "
+        "`estimate_try.py`, where each figure names its origin.",
+        "",
+        *table(["model", "device", "precision", "published ms", "estimated ms", "error", "the model had it"], rows),
+    ]
+
+
+IN_README = (agreement, precision, int8_speed, speed, estimates, students, quality)
+IN_RESULTS = (families, parity, searches, audit)
+TITLE = """# Results
+
+Longer tables than the README has room for. Generated by `python benchmarks/readme.py` from the files named; nothing is
+typed by hand.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+    path, results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = (agreement, precision, searches, int8_speed, speed, parity, audit)
-    lines = [BEGIN, "", *(line for make in tables for line in (*make(), "")), *quality()[1:], "", END]
-    updated = before + "\n".join(lines) + after
-    if options.check:
-        sys.exit(0 if updated == text else "README.md is out of date: run python benchmarks/readme.py")
-    path.write_text(updated, encoding="utf-8")
+    wanted = {
+        path: before + "\n".join([BEGIN, "", *sections(IN_README), END]) + after,
+        results: "\n".join([TITLE, *sections(IN_RESULTS)]),
+    }
+    for file, text in wanted.items():
+        if options.check and (not file.is_file() or file.read_text(encoding="utf-8") != text):
+            sys.exit(f"{file.name} is out of date: run python benchmarks/readme.py")
+        if not options.check:
+            file.write_text(text, encoding="utf-8")
+
+
+def sections(makers: Sequence[Callable[[], list[str]]]) -> list[str]:
+    """One after another, a blank line behind each."""
+    return [line for make in makers for line in (*make(), "")]
 
 
 if __name__ == "__main__":

@@ -66,12 +66,6 @@ def answer(model: Any, embeddings: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return masks, iou
 
 
-def error(ours: Tensor | npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """The largest difference over the largest upstream value."""
-    assert tuple(ours.shape) == expected.shape
-    return float(np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max())
-
-
 def photo_iou(model: nn.Module, recipe: Recipe, upstream: Mapping[str, npt.NDArray[Any]]) -> dict[str, float]:
     """Mask IoU, at the photograph's size, of our reference with what upstream's predictor answered.
 

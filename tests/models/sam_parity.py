@@ -26,6 +26,7 @@ from edgesam_deploy.recipe import Recipe
 from edgesam_deploy.transforms import resized_hw
 
 from .deterministic_weights import smooth_image
+from .upstream_error import error
 
 Recorded = dict[str, npt.NDArray[Any]]
 
@@ -75,12 +76,6 @@ def answer(model: Sam, embeddings: Tensor, name: str) -> tuple[Tensor, Tensor]:
         )
         masks, iou = decoder.predict_masks(embeddings, encoder.get_dense_pe(), sparse, dense)
     return masks, iou
-
-
-def error(ours: Tensor | npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """The largest difference, as a part of the largest expected value."""
-    assert tuple(ours.shape) == expected.shape
-    return float(np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max())
 
 
 class FloatPadding(nn.Module):

@@ -33,6 +33,7 @@ from edgesam_deploy.models.checkpoint import load_model
 from edgesam_deploy.recipe import PACKAGE, Recipe, load_recipe
 
 from .deterministic_weights import deterministic_state, smooth_image
+from .upstream_error import error
 
 DATA = Path(__file__).parent / "data" / "efficient_sam_outputs.npz"
 PHOTO = PACKAGE / "assets" / "photos" / "verify" / "dog.jpg"
@@ -86,11 +87,6 @@ def feeds(name: str, size: int) -> tuple[Tensor, Tensor]:
     points = PROMPTS[name] + ([] if any(label == 2 for _, label in PROMPTS[name]) else [PADDING])
     coords = torch.tensor([[xy for xy, _ in points]]) * (size / 1024)
     return coords, torch.tensor([[float(label) for _, label in points]])
-
-
-def error(ours: Tensor | npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    assert tuple(ours.shape) == expected.shape
-    return float(np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("tag", RECIPES)

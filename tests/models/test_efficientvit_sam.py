@@ -32,7 +32,8 @@ from edgesam_deploy.stages.fp16 import convert_to_fp16, emulate_fp16
 from edgesam_deploy.stages.placement import eligible
 
 from .deterministic_weights import deterministic_state, smooth_image
-from .sam_parity import EMBEDDING_PART, MASK_PART, PROMPTS, Recorded, answer, error, like, photo_ious, recorded
+from .sam_parity import EMBEDDING_PART, MASK_PART, PROMPTS, Recorded, answer, like, photo_ious, recorded
+from .upstream_error import error
 
 TOLERANCE = 2e-5
 SIZE = 512

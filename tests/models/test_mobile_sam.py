@@ -28,6 +28,7 @@ from edgesam_deploy.models.tiny_vit import Attention, offset_index
 from edgesam_deploy.recipe import load_recipe
 
 from .deterministic_weights import deterministic_state, smooth_image
+from .upstream_error import error
 
 DATA = Path(__file__).parent / "data" / "mobile_sam_outputs.npz"
 EMBEDDING_PART = np.s_[:, ::8, ::3, ::3]
@@ -87,11 +88,6 @@ def answer(model: Sam, embeddings: Tensor, name: str) -> tuple[Tensor, Tensor]:
             for multimask in (False, True)
         )
     return torch.cat([single[0], multi[0]], dim=1), torch.cat([single[1], multi[1]], dim=1)
-
-
-def error(ours: Tensor | npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    assert tuple(ours.shape) == expected.shape
-    return float(np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max())
 
 
 def test_names_and_shapes_are_upstreams(model: Sam, upstream: dict[str, npt.NDArray[Any]]) -> None:

@@ -24,7 +24,8 @@ from edgesam_deploy.models.checkpoint import join, load_model
 from edgesam_deploy.recipe import Recipe, load_recipe
 
 from .deterministic_weights import deterministic_state, uniform
-from .parity import PROMPTS, answer, empty_state, error, outputs, photo_iou
+from .parity import PROMPTS, answer, empty_state, outputs, photo_iou
+from .upstream_error import error
 
 TOLERANCE = 2e-5
 

@@ -39,7 +39,8 @@ from edgesam_deploy.models.state_dict import read_state_dict
 from edgesam_deploy.recipe import Recipe, load_recipe
 
 from .deterministic_weights import deterministic_state, smooth_image
-from .parity import PHOTO, PROMPTS, answer, empty_state, error, listing, outputs
+from .parity import PHOTO, PROMPTS, answer, empty_state, listing, outputs
+from .upstream_error import error
 
 TOLERANCE = 2e-5
 

@@ -28,7 +28,8 @@ from edgesam_deploy.models.repvit import timm_names
 from edgesam_deploy.recipe import Recipe, load_recipe
 
 from .deterministic_weights import deterministic_state, smooth_image
-from .sam_parity import EMBEDDING_PART, MASK_PART, PROMPTS, Recorded, answer, error, like, photo_ious, recorded
+from .sam_parity import EMBEDDING_PART, MASK_PART, PROMPTS, Recorded, answer, like, photo_ious, recorded
+from .upstream_error import error
 
 TOLERANCE = 2e-5
 SIZE = 512

@@ -39,7 +39,8 @@ from edgesam_deploy.prompts import check_prompts, encode_prompts
 from edgesam_deploy.recipe import Recipe, load_recipe
 
 from .deterministic_weights import deterministic_state, smooth_image
-from .sam_parity import EMBEDDING_PART, PHOTO, PROMPTS, Recorded, error, like, recorded
+from .sam_parity import EMBEDDING_PART, PHOTO, PROMPTS, Recorded, like, recorded
+from .upstream_error import error
 
 TOLERANCE = 2e-5
 SIZE = 256

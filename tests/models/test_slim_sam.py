@@ -26,7 +26,8 @@ from edgesam_deploy.models.transformers_names import segment_anything_names
 from edgesam_deploy.recipe import Recipe, load_recipe
 
 from .deterministic_weights import deterministic_state, smooth_image
-from .parity import PROMPTS, answer, empty_state, error, listing, outputs, photo_iou
+from .parity import PROMPTS, answer, empty_state, listing, outputs, photo_iou
+from .upstream_error import error
 
 TOLERANCE = 2e-5
 SIZE = 256

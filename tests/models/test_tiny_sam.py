@@ -21,7 +21,8 @@ from edgesam_deploy.models import architecture, build_model
 from edgesam_deploy.recipe import Recipe, load_recipe
 
 from .deterministic_weights import deterministic_state, smooth_image
-from .parity import PROMPTS, answer, empty_state, error, listing, outputs, photo_iou
+from .parity import PROMPTS, answer, empty_state, listing, outputs, photo_iou
+from .upstream_error import error
 
 TOLERANCE = 2e-5
 
