@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 import warnings
@@ -24,7 +25,8 @@ MAX_DEPTH = 3
 
 
 def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU, from a .safetensors or .onnx file or from what ``torch.save`` wrote (.pt, .pth).
+    """Tensors by name, on the CPU, from a .safetensors or .onnx file or from what ``torch.save`` wrote (.pt, .pth),
+    alone in a ZIP archive or not.
 
     A training checkpoint may hold them under one of WRAPPERS, or under ``key``, which counts where the file is not a
     plain state dict. Tables of tensors inside one another get names with dots. Raises CheckpointError for a file that
@@ -48,7 +50,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how the file was pickled; what it holds is checked below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(_unpacked(path), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} does not exist") from error
     except pickle.UnpicklingError as error:
@@ -71,6 +73,17 @@ def _read_pickle(path: Path) -> Any:
     ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is not a readable PyTorch checkpoint (truncated?): {reason}") from error
+
+
+def _unpacked(path: Path) -> Path | io.BytesIO:
+    """The one .pt or .pth in a ZIP archive that its publisher packed it into; any other file as it is."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # What macOS adds to archives has the names of the files themselves.
+            names = [n for n in archive.namelist() if n.endswith((".pt", ".pth")) and not n.startswith("__MACOSX/")]
+            if len(names) == 1:
+                return io.BytesIO(archive.read(names[0]))
+    return path
 
 
 def _read_safetensors(path: Path) -> Any:

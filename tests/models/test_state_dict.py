@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def test_the_format_makes_no_difference(tmp_path: Path, name: str) -> None:
         return
     torch.save(STATE, path, _use_new_zipfile_serialization=name != "legacy.pt")
     assert same(read_state_dict(path), STATE)
+
+
+def test_an_archive_around_one_file_makes_no_difference(tmp_path: Path) -> None:
+    torch.save({"model": STATE}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "a.pt", "a.pt")
+        archive.writestr("__MACOSX/._a.pt", b"attributes")
+    assert same(read_state_dict(tmp_path / "a.pt.zip"), STATE)
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        archive.write(tmp_path / "a.pt", "a.pt")
+        archive.write(tmp_path / "a.pt", "b.pt")
+    with pytest.raises(CheckpointError, match="not a readable PyTorch checkpoint"):
+        read_state_dict(tmp_path / "two.zip")
 
 
 WRAPPED: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
