@@ -112,10 +112,11 @@ class ModelProfile:
     """One recipe at one size. batch: images of the encoder, and prompts of the decoder, each of ``points`` points.
 
     parts: the encoder as published, and the prompt encoder and mask decoder as exported (which embeds a mask input
-    whether one is given or not). stages: of the encoder. unused: parameters that the checkpoint carries and the encoder
-    never reads. exported_macs, exported_parameters: of the encoder as it is exported, its branches and norms merged.
-    counted_on: "meta", where no weight takes memory, or "cpu". weights: whose the latency is, "random" or a file.
-    published_params_m, published_macs_g: from the recipe, None where its authors print none or the size is another.
+    whether one is given or not). stages: of the encoder. unused: parameters that the encoder does not read in a pass:
+    classifiers it was trained with, tables that it keeps in another form. exported_macs, exported_parameters: of the
+    encoder as it is exported, its branches merged. counted_on: "meta", where no weight takes memory, or "cpu".
+    weights: whose the latency is, "random" or a file; "none" without one. published_params_m, published_macs_g: from
+    the recipe, None where its authors print none or the size is another.
     """
 
     recipe: str
@@ -196,7 +197,7 @@ def models_table(models: Sequence[ModelProfile]) -> Table:
     """Title, columns and rows: one row for each recipe at each size. Latency and memory only where measured."""
     timed = any(model.run is not None for model in models)
     published = any(m.published_params_m or m.published_macs_g for m in models)
-    columns = ["recipe", "px", "batch", "M params", "encoder", "GMACs", "encoder", "decoder"]
+    columns = ["recipe", "px", "batch", "M params", "encoder M", "GMACs", "encoder G", "decoder G"]
     columns += ["published M", "published G"] if published else []
     columns += ["written MB", "peak MB", "MACs/byte"]
     columns += ["encoder ms", "prompts ms", "masks ms", "CPU ms", "RSS MB"] if timed else []
@@ -243,7 +244,7 @@ def parts_table(model: ModelProfile) -> Table:
 def _heading(model: ModelProfile) -> str:
     words = f"{model.recipe} at {model.image_size} px, batch {model.batch}; convolution, linear, product: GMACs"
     if model.unused:
-        words += f"; {model.unused / 1e6:.2f} M of the parameters are never read"
+        words += f"; {model.unused / 1e6:.2f} M of the parameters are not read in a pass"
     if model.exported_macs != model.encoder.total_macs or model.exported_parameters != model.encoder.parameters:
         words += (
             f"; encoder as exported {model.exported_parameters / 1e6:.2f} M and {model.exported_macs / 1e9:.2f} GMACs"

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgesam_deploy.errors import GraphError
-
 aten = torch.ops.aten
 # Operators of products: where their left factor stands. Of each output element, its last axis long.
 _PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.dot: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
@@ -32,8 +30,6 @@ _ATTENTION = (
     aten._scaled_dot_product_cudnn_attention,
     aten._scaled_dot_product_fused_attention_overrideable,
 )
-# Whole layers in one operator, in which products cannot be seen.
-_OPAQUE = (aten._native_multi_head_attention, aten._transformer_encoder_layer_fwd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +60,8 @@ class Tally:
 def count(module: nn.Module, inputs: Sequence[Tensor], parts: Mapping[str, nn.Module]) -> Tally:
     """One pass of ``module`` on ``inputs``. parts: modules of it by name, the first being where it begins.
 
-    What runs between two parts belongs to the one that ran last. Raises GraphError for an operator that hides products.
+    What runs between two parts belongs to the one that ran last. With calls being watched, PyTorch does not take its
+    fast path through nn.MultiheadAttention, an operator in which products could not be seen.
     """
     tally = Tally()
     where = _Where(next(iter(parts), ""))
@@ -140,10 +137,6 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         operator = func.overloadpacket
-        if operator in _OPAQUE:
-            raise GraphError(
-                f"the products inside '{func}' cannot be counted: build the network without this fast path"
-            )
         self.tally.read.update(id(tensor) for tensor in _tensors(args) if id(tensor) in self.weights)
         if macs := _macs(operator, args, output):
             self.tally.macs[self._work(operator, args)] += macs

@@ -19,8 +19,9 @@ _ROWS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 def stages(encoder: nn.Module, path: str = "") -> dict[str, nn.Module]:
     """The stages of an encoder by their path in it, in order: patch_embed, layers.0, …, neck.
 
-    Its children that have parameters; a heavy row of blocks among them becomes its blocks. Where there are fewer than
-    ``FEWEST`` children, the heaviest is divided in the same way.
+    Its children that have parameters; a heavy row of blocks among them becomes its blocks. A child with more than half
+    of the parameters is divided in the same way, and so is the heaviest where there are fewer than ``FEWEST``; but not
+    one of several that are alike, which are stages already.
     """
     children = {f"{path}{name}": child for name, child in encoder.named_children() if weight(child)}
     if not children:
@@ -28,10 +29,15 @@ def stages(encoder: nn.Module, path: str = "") -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     heaviest = max(children, key=lambda name: weight(children[name]))
     for name, child in children.items():
-        if len(children) < FEWEST:
-            inner = stages(child, f"{name}.") if name == heaviest else {}
+        share = weight(child) / weight(encoder)
+        alike = sum(type(other) is type(child) for other in children.values())
+        few = name == heaviest and len(children) < FEWEST
+        if alike >= FEWEST:
+            inner = {}
+        elif few or (share > 0.5 and not isinstance(child, _ROWS)):
+            inner = stages(child, f"{name}.")
         else:
-            inner = _blocks(name, child) if weight(child) >= _SHARE * weight(encoder) else {}
+            inner = _blocks(name, child) if share >= _SHARE else {}
         found |= inner or {name: child}
     return found
 
