@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,7 +46,8 @@ def typed(name: str, target: str, precision: str, folder: Path) -> dict[str, Pat
         recipe = load_recipe(name)
         made = typed_graphs(simplified_graphs(recipe, own), recipe, load_target(target), precision, own)
         for graph, path in made.items():
-            shutil.copyfile(path, kept[graph])
+            if path != kept[graph]:
+                path.replace(kept[graph])
     return kept
 
 
