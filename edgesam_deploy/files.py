@@ -110,6 +110,11 @@ def writing_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         _exchange(temporary, final, prefix)
+    except OutputError as error:
+        # A file that could not be written in the temporary folder: nobody can look for it there.
+        if isinstance(error.__cause__, OSError) and str(temporary) in str(error):
+            raise OutputError(_reason(path, error.__cause__)) from error
+        raise
     except OSError as error:
         raise OutputError(_reason(path, error)) from error
     finally:

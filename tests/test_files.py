@@ -251,6 +251,16 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path, error: 
     assert names(tmp_path) == ["result"]
 
 
+def test_a_file_that_cannot_be_written_in_a_folder_is_the_folders_failure(tmp_path: Path) -> None:
+    """The temporary folder that it was to be in is gone when the message is read."""
+    with pytest.raises(OutputError) as caught, writing_folder(tmp_path / "result") as folder:
+        write_bytes(folder, NEW)
+    assert str(caught.value) == f"cannot write {tmp_path / 'result'}: is a folder; nothing was changed there"
+    with pytest.raises(OutputError, match=f"cannot write {tmp_path}: "), writing_folder(tmp_path / "result"):
+        write_bytes(tmp_path, NEW)
+    assert names(tmp_path) == []
+
+
 def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path) -> None:
     """The new folder is gone when it should be renamed: the old one, already put aside, is put back."""
     path = fill(tmp_path / "result", one="old")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import lzma
 import pickle
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from edgesam_deploy.errors import CheckpointError, MissingExtraError
 from edgesam_deploy.models.onnx_weights import is_onnx, read_onnx
+from edgesam_deploy.transfer import CEILING_BYTES
 
 # Where training scripts put the weights beside optimizers, epochs and arguments.
 WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "module", "ema", "model_ema", "ema_state_dict")
@@ -70,6 +73,8 @@ def _read_pickle(path: Path) -> Any:
         ArithmeticError,
         struct.error,
         zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
     ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is not a readable PyTorch checkpoint (truncated?): {reason}") from error
@@ -77,13 +82,17 @@ def _read_pickle(path: Path) -> Any:
 
 def _unpacked(path: Path) -> Path | io.BytesIO:
     """The one .pt or .pth in a ZIP archive that its publisher packed it into; any other file as it is."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            # What macOS adds to archives has the names of the files themselves.
-            names = [n for n in archive.namelist() if n.endswith((".pt", ".pth")) and not n.startswith("__MACOSX/")]
-            if len(names) == 1:
-                return io.BytesIO(archive.read(names[0]))
-    return path
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        # What macOS adds to archives has the names of the files themselves.
+        entries = [entry for entry in archive.infolist() if not entry.filename.startswith("__MACOSX/")]
+        found = [entry for entry in entries if entry.filename.endswith((".pt", ".pth"))]
+        if len(found) != 1:
+            return path
+        if found[0].file_size > CEILING_BYTES:  # reading stops there, whatever the archive really unpacks to
+            raise ValueError(f"{found[0].filename} in it would have {found[0].file_size} bytes")
+        return io.BytesIO(archive.read(found[0]))
 
 
 def _read_safetensors(path: Path) -> Any:

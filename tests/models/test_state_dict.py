@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="weights need the export extra")
 safetensors = pytest.importorskip("safetensors.torch", reason="weights need the export extra")
 
 from edgesam_deploy.errors import CheckpointError, MissingExtraError
+from edgesam_deploy.models import state_dict
 from edgesam_deploy.models.state_dict import read_state_dict
 
 STATE = {
@@ -56,6 +57,17 @@ def test_an_archive_around_one_file_makes_no_difference(tmp_path: Path) -> None:
         archive.write(tmp_path / "a.pt", "b.pt")
     with pytest.raises(CheckpointError, match="not a readable PyTorch checkpoint"):
         read_state_dict(tmp_path / "two.zip")
+
+
+def test_an_archive_that_unpacks_to_more_than_any_checkpoint_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_dict, "CEILING_BYTES", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.pt", bytes(2 << 20))
+    assert (tmp_path / "a.zip").stat().st_size < 1 << 14
+    with pytest.raises(CheckpointError, match=r"a\.pt in it would have 2097152 bytes"):
+        read_state_dict(tmp_path / "a.zip")
 
 
 WRAPPED: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
@@ -137,7 +149,7 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path, where: str) -> None:
     assert (tmp_path / "exploded").exists(), "without this the test could not fail"
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".legacy.pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".legacy.pt", ".safetensors", ".zip"])
 def test_a_file_that_was_damaged_anywhere_is_read_or_refused_in_one_line(tmp_path: Path, suffix: str) -> None:
     """Every 13th byte set to 255, and the file cut there."""
     path = tmp_path / f"a{suffix}"
@@ -145,6 +157,10 @@ def test_a_file_that_was_damaged_anywhere_is_read_or_refused_in_one_line(tmp_pat
         safetensors.save_file(STATE, path)
     else:
         torch.save(STATE, path, _use_new_zipfile_serialization=suffix == ".pt")
+    if suffix == ".zip":
+        with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(path, "a.pt")
+        (tmp_path / "b.zip").replace(path)
     whole = path.read_bytes()
     messages = []
     for i in range(0, len(whole), 13):
