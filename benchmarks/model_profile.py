@@ -1,6 +1,7 @@
 """Every recipe's network counted and timed, and its counts held against those of other counters and of its authors.
 
-    python benchmarks/model_profile.py [--recipes mobile_sam edge_sam] [--latency-below 130] [--runs 3] [--threads 1]
+    python benchmarks/model_profile.py [--recipes mobile_sam edge_sam] [--latency-below 130] [--no-check]
+                                       [--runs 3] [--threads 1]
 
 Writes benchmarks/results/profile/models.json and models.svg; recipes that are not named keep their entries. Counting
 needs neither weights nor their memory. Networks of fewer GMACs than --latency-below are timed with random weights;
@@ -39,10 +40,26 @@ MACS = {
     "encoder, no products of activations": (False, False),
     "encoder and decoder, no products of activations": (True, False),
 }
-# Recipe and figure -> why a count is further from the published one than CLOSE.
+# Recipe and figure -> why a count is further from the published one than CLOSE, as far as we know.
 EXPLAINED: dict[tuple[str, str], str] = {
     (f"sam2.1_hiera_{size}", "params_m"): "the publisher counts the memory modules for video, which images do not need"
     for size in ("tiny", "small", "base_plus", "large")
+}
+EXPLAINED |= {
+    ("efficient_sam_ti", "macs_g"): "its source counts 1.2 to 1.5 G more than the products of each of its models, SAM "
+    "ViT-B and EfficientSAM-S among them; only here are they over 3 %",
+    ("tiny_sam", "macs_g"): "not known; the same network is MobileSAM's, which others count at 38.2 (EdgeSAM) and 40 "
+    "(SlimSAM)",
+    ("slim_sam_50", "macs_g"): "its source counts the globally pruned model, the published weights are the uniform one",
+    ("slim_sam_77", "macs_g"): "its source counts the globally pruned model, the published weights are the uniform one",
+    (
+        "slim_sam_50",
+        "params_m",
+    ): "its source counts the globally pruned model, the published weights are the uniform one",
+    (
+        "slim_sam_77",
+        "params_m",
+    ): "its source counts the globally pruned model, the published weights are the uniform one",
 }
 
 
@@ -124,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(available_recipes()))
     parser.add_argument("--latency-below", type=float, default=130.0, help="GMACs; 0 to time none")
+    parser.add_argument("--no-check", action="store_true", help="leave out the other counters")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=OUTPUT)
@@ -136,7 +154,7 @@ def main() -> None:
         if found.macs / 1e9 < options.latency_below:
             how = ProfileOptions(runs=options.runs, threads=options.threads)
             (found,) = profile(recipe, how)
-        checks = check(recipe, 1)
+        checks = [] if options.no_check else check(recipe, 1)
         gaps = [c for c in checks if c.unexplained]
         print(
             f"{name}: {found.parameters / 1e6:.2f} M, {found.macs / 1e9:.2f} GMACs, {found.cpu_ms or 0:.0f} ms",

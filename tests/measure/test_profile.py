@@ -325,7 +325,7 @@ def test_intensity_and_tables() -> None:
     assert "a\\|b" in text
     first = rows[0].count(" | ")
     assert rows[2].count(" | ") == first
-    assert "ms" not in text.partition("multiply-add")[0]
+    assert "encoder ms" not in text
 
 
 def test_chart() -> None:
@@ -355,4 +355,5 @@ def test_chart() -> None:
 def test_networks_on_the_meta_device_hold_no_memory() -> None:
     network = build_network(load_recipe("mobile_sam"), "meta")
     for module in (network.model, network.exported, network.decoder):
-        assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"meta"}
+        held = {name: t.nbytes for name, t in module.state_dict(keep_vars=True).items() if t.device.type != "meta"}
+        assert sum(held.values()) < 1000, held  # SAM makes its pixel constants on the CPU, wherever it is told to be
