@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from edgesam_deploy.models.transformers_names import segment_anything_names
+
 Renames = Sequence[tuple[str, str]]
 
 # By what the names start with. The names of single tensors are whole.
@@ -55,37 +57,20 @@ OFFICIAL: Renames = (
     (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.layers\.0\.", r"\1.lin1."),
     (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.layers\.1\.", r"\1.lin2."),
 )
+# Of transformers, what SAM 2 has beside SAM (``transformers_names``).
 TRANSFORMERS: Renames = (
     (r"^vision_encoder\.backbone\.timm_model\.", "image_encoder.trunk.body."),
+    (r"^vision_encoder\.backbone\.patch_embed\.projection\.", "image_encoder.trunk.patch_embed.proj."),
     (r"^vision_encoder\.backbone\.", "image_encoder.trunk."),
     (r"^vision_encoder\.neck\.convs\.(\d+)\.", r"image_encoder.neck.convs.\1.conv."),
-    (r"^image_encoder\.trunk\.patch_embed\.projection\.", "image_encoder.trunk.patch_embed.proj."),
     (r"^(image_encoder\.trunk\.blocks\.\d+)\.layer_norm([12])\.", r"\1.norm\2."),
     (r"^(image_encoder\.trunk\.blocks\.\d+\.mlp)\.proj_in\.", r"\1.fc1."),
     (r"^(image_encoder\.trunk\.blocks\.\d+\.mlp)\.proj_out\.", r"\1.fc2."),
     (r"^mask_decoder\.(conv_s[01])\.", r"image_encoder.\1."),
     (r"^no_memory_embedding$", "image_encoder.no_mem_embed"),
-    (
-        r"^prompt_encoder\.shared_embedding\.positional_embedding$",
-        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
-    ),
-    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
-    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
-    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
-    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
-    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
-    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
-    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
-    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
     (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.proj_in\.", r"\1.lin1."),
     (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.proj_out\.", r"\1.lin2."),
     (r"^(mask_decoder\.transformer\..*)\.o_proj\.", r"\1.out_proj."),
-    (r"^(mask_decoder\.transformer)\.layer_norm_final_attn\.", r"\1.norm_final_attn."),
-    (r"^(mask_decoder\.transformer\.layers\.\d+)\.layer_norm([1-4])\.", r"\1.norm\2."),
-    # Perceptrons of three layers: in, one between, out. The one between first, it takes the name of the first.
-    (r"^(mask_decoder\.(?:iou_prediction_head|output_hypernetworks_mlps\.\d+))\.layers\.0\.", r"\1.layers.1."),
-    (r"^(mask_decoder\.(?:iou_prediction_head|output_hypernetworks_mlps\.\d+))\.proj_in\.", r"\1.layers.0."),
-    (r"^(mask_decoder\.(?:iou_prediction_head|output_hypernetworks_mlps\.\d+))\.proj_out\.", r"\1.layers.2."),
 )
 # transformers publishes the same matrix twice, and SAM's four vectors per label as one table.
 SHARED_EMBEDDING = "shared_image_embedding.positional_embedding"
@@ -94,9 +79,12 @@ POINT_TABLE = "prompt_encoder.point_embed.weight"
 
 
 def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict under our names. Names that are ours already, and unknown ones, pass unchanged."""
+    """A published state dict under our names. Names that are ours already, and unknown ones, pass unchanged.
+
+    Raises ValueError where what transformers publishes twice is not the same.
+    """
     if any(name.startswith("vision_encoder.") for name in state):
-        return _renamed(_whole_tables(state), TRANSFORMERS, TRANSFORMERS_UNUSED)
+        return segment_anything_names(_renamed(_whole_tables(state), TRANSFORMERS, TRANSFORMERS_UNUSED))
     return _renamed(state, OFFICIAL, OFFICIAL_UNUSED)
 
 
@@ -112,11 +100,11 @@ def _renamed(state: Mapping[str, Tensor], renames: Renames, unused: tuple[str, .
 
 
 def _whole_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` without the second copy of the shared matrix, if it is one, and with one vector per label."""
+    """``state`` with one of two equal matrices, and with one vector per label."""
     found = dict(state)
-    copy, again = found.get(SHARED_EMBEDDING), found.get(SHARED_EMBEDDING_AGAIN)
-    if copy is not None and again is not None and torch.equal(copy, again):
-        del found[SHARED_EMBEDDING]
+    copy, again = found.pop(SHARED_EMBEDDING, None), found.get(SHARED_EMBEDDING_AGAIN)
+    if copy is not None and (again is None or not torch.equal(copy, again)):
+        raise ValueError(f"{SHARED_EMBEDDING} and {SHARED_EMBEDDING_AGAIN} are one matrix in SAM 2, here they differ")
     if POINT_TABLE in found:
         for label, vector in enumerate(found.pop(POINT_TABLE)):
             found[f"prompt_encoder.point_embeddings.{label}.weight"] = vector[None]

@@ -18,7 +18,8 @@ from edgesam_deploy.stages import graph as graphs
 from edgesam_deploy.stages.export import export_model
 
 from .deterministic_weights import deterministic_state
-from .sam_parity import PHOTO, error
+from .sam_parity import PHOTO
+from .upstream_error import error
 
 TOLERANCE = 2e-5
 
