@@ -18,10 +18,11 @@ from pathlib import Path
 
 from edgesam_deploy.bundle import GRAPHS
 from edgesam_deploy.files import write_json
-from edgesam_deploy.measure.efficiency import FILE, Row, Sample, fit
+from edgesam_deploy.measure.efficiency import FILE, Row
 from edgesam_deploy.measure.roofline import Kernel, price
 from edgesam_deploy.recipe import load_recipe
 from edgesam_deploy.stages import graph as graphs
+from edgesam_deploy.stages.fit_efficiency import Sample, fit
 from edgesam_deploy.stages.node_work import kernels
 from edgesam_deploy.stages.skeleton import simplified_graphs, typed_graphs
 from edgesam_deploy.target import load_target

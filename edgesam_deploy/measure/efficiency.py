@@ -1,14 +1,10 @@
 """How much of a device's peaks engines reach: fitted to published latencies, kept with every figure it came from.
 
-``assets/efficiency.json`` holds the result; ``benchmarks/estimate_fit.py`` writes it. The model is that of
-``measure.roofline`` with three factors: shares of the arithmetic peak and of the memory bandwidth, and the time between
-two kernels. They are fitted by least squares of the logarithm: a figure twice too long weighs as much as one half as
-long as measured.
+``assets/efficiency.json`` holds the result; ``benchmarks/estimate_fit.py`` writes it (``stages.fit_efficiency``).
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,29 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from edgesam_deploy.errors import InputError, MissingExtraError
-from edgesam_deploy.measure.roofline import Efficiency, Kernel, work_ms
+from edgesam_deploy.errors import InputError
+from edgesam_deploy.measure.roofline import Efficiency
 from edgesam_deploy.recipe import PACKAGE
-from edgesam_deploy.target import Device
 
 FILE = PACKAGE / "assets" / "efficiency.json"
-# (compute, memory, launch_ms): what the fit may choose, and where it starts from, several times since it may end beside
-# the best of all.
-_LOW, _HIGH = (0.02, 0.02, 0.0), (1.0, 1.0, 0.02)
-_STARTS = tuple(itertools.product((0.1, 0.4, 0.8), (0.2, 0.7), (0.001, 0.008)))
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Kernels of a graph with the latency that was measured for it, milliseconds at batch 1."""
-
-    name: str
-    device: Device
-    kernels: Sequence[Kernel]
-    measured_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,32 +59,6 @@ class Fit:
     def median_error(self) -> float:
         """Of the absolute relative errors over all rows."""
         return median(abs(row.error) for row in (*self.fitted, *self.tried))
-
-
-def fit(samples: Sequence[Sample]) -> Efficiency:
-    """The factors with the least sum of squared log errors.
-
-    Raises InputError for fewer samples than factors, MissingExtraError without SciPy.
-    """
-    try:
-        from scipy.optimize import least_squares
-    except ImportError as error:
-        raise MissingExtraError("scipy", "dev") from error
-
-    if len(samples) < len(_LOW):
-        raise InputError(f"a fit of {len(_LOW)} factors needs as many latencies or more, got {len(samples)}")
-    works = [work_ms(sample.kernels, sample.device) for sample in samples]
-    measured = np.log([sample.measured_ms for sample in samples])
-
-    def errors(factors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        compute, memory, launch = factors
-        model = [np.maximum(w[0] / compute, w[1] / memory).sum() + launch * w.shape[1] for w in works]
-        found: npt.NDArray[np.float64] = np.log(model) - measured
-        return found
-
-    tries = [least_squares(errors, start, bounds=(_LOW, _HIGH), x_scale=start) for start in _STARTS]
-    best = min(tries, key=lambda one: float(one.cost))
-    return Efficiency(*(float(f"{value:.4g}") for value in best.x))
 
 
 def load_fit(path: Path = FILE) -> Fit:
