@@ -1,7 +1,7 @@
 """Every recipe's network counted and timed, and its counts held against those of other counters and of its authors.
 
     python benchmarks/model_profile.py [--recipes mobile_sam edge_sam] [--latency-below 130] [--no-check]
-                                       [--runs 3] [--threads 1]
+                                       [--runs 2] [--threads 1]
 
 Writes benchmarks/results/profile/models.json and models.svg; recipes that are not named keep their entries. Counting
 needs neither weights nor their memory. Networks of fewer GMACs than --latency-below are timed with random weights;
@@ -137,46 +137,47 @@ def load(path: Path) -> dict[str, Any]:
     return {name: model for name, model in kept.items() if name in available_recipes()}
 
 
+def write(models: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The result of all entries, into its files."""
+    result = {
+        "command": f"python benchmarks/model_profile.py --latency-below {options.latency_below:g} "
+        f"--runs {options.runs} --threads {options.threads}",
+        "convention": CONVENTION,
+        "tools": tool_versions(),
+        "models": dict(sorted(models.items())),
+        "published": compare(models, {name: load_recipe(name).published for name in models}),
+    }
+    write_json(options.output / "models.json", result)
+    write_bytes(options.output / "models.svg", draw(models).encode())
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=list(available_recipes()))
+    parser.add_argument("--recipes", nargs="*", default=list(available_recipes()), help="none: only compare and draw")
     parser.add_argument("--latency-below", type=float, default=130.0, help="GMACs; 0 to time none")
     parser.add_argument("--no-check", action="store_true", help="leave out the other counters")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     path = options.output / "models.json"
-    result: dict[str, Any] = {"published": {}}
     for name in options.recipes:
         recipe = load_recipe(name)
         (found,) = profile(recipe, ProfileOptions(latency=False))
         if found.macs / 1e9 < options.latency_below:
-            how = ProfileOptions(runs=options.runs, threads=options.threads)
-            (found,) = profile(recipe, how)
+            (found,) = profile(recipe, ProfileOptions(runs=options.runs, threads=options.threads))
         checks = [] if options.no_check else check(recipe, 1)
         gaps = [c for c in checks if c.unexplained]
-        print(
-            f"{name}: {found.parameters / 1e6:.2f} M, {found.macs / 1e9:.2f} GMACs, {found.cpu_ms or 0:.0f} ms",
-            gaps or "",
-        )
-        models = dict(sorted({**load(path), name: {**entry(found), "checks": plain(checks)}}.items()))
-        published = {known: load_recipe(known).published for known in models}
-        result = {
-            "command": f"python benchmarks/model_profile.py --latency-below {options.latency_below:g} "
-            f"--runs {options.runs} --threads {options.threads}",
-            "convention": CONVENTION,
-            "tools": tool_versions(),
-            "models": models,
-            "published": compare(models, published),
-        }
-        write_json(path, result)
-        write_bytes(options.output / "models.svg", draw(models).encode())
-    for recipe_name, figures in result["published"].items():
+        counted = f"{found.parameters / 1e6:.2f} M, {found.macs / 1e9:.2f} GMACs, {found.cpu_ms or 0:.0f} ms"
+        print(f"{name}: {counted}", gaps or "", flush=True)
+        write({**load(path), name: {**entry(found), "checks": plain(checks)}}, options)
+    result = write(load(path), options)
+    for name, figures in result["published"].items():
         for figure, row in figures.items():
             if abs(row["off"]) > CLOSE:
                 why = row["explained"] or "NOT EXPLAINED"
-                print(f"{recipe_name} {figure}: {row['published']} published, {row['ours']:.1f} counted: {why}")
+                print(f"{name} {figure}: {row['published']} published, {row['ours']:.1f} counted: {why}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ _LINE = 13
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7500", "#555555")
 _STYLE = (
     "text{font:11px sans-serif;fill:#333}.title{font-size:13px}.axis{stroke:#333;fill:none}.grid{stroke:#e4e4e4}"
-    "circle{fill-opacity:.35;stroke-width:1.2}.lead{stroke:#999;stroke-width:.6}"
+    "circle{fill-opacity:.35;stroke-width:1.5}.lead{stroke:#999;stroke-width:.6}"
 )
 
 
@@ -75,6 +75,7 @@ def chart(bubbles: Sequence[Bubble], size_label: str) -> str:
     slowest = max((b.ms or 0.0) for b in bubbles)
     radii = {b: _LARGEST * math.sqrt(b.ms / slowest) if b.ms is not None else _SAME for b in bubbles}
     title = f"Parameters and multiply-adds{f'; area of a bubble: {size_label}' if slowest else ''}"
+    title += "; hollow: not timed" if slowest and any(b.ms is None for b in bubbles) else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'role="img" aria-label="{escape(title)}"><style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
@@ -85,9 +86,10 @@ def chart(bubbles: Sequence[Bubble], size_label: str) -> str:
 
 
 def _circle(bubble: Bubble, x: _Axis, y: _Axis, radius: float, colour: str) -> str:
+    fill = colour if bubble.ms is not None else "none"
     return (
         f'<circle cx="{x.place(bubble.params_m):.1f}" cy="{y.place(bubble.macs_g):.1f}" r="{max(radius, 2.0):.1f}" '
-        f'fill="{colour}" stroke="{colour}"><title>{escape(bubble.words)}</title></circle>'
+        f'fill="{fill}" stroke="{colour}"><title>{escape(bubble.words)}</title></circle>'
     )
 
 

@@ -345,6 +345,9 @@ def test_chart() -> None:
     assert float(titles["large"].get("cy", "")) < float(titles["near"].get("cy", ""))
     labels = {str(e.text): float(e.get("y", "")) for e in root.iter() if e.tag.endswith("text") and e.text in titles}
     assert abs(labels["small <1>"] - labels["near"]) >= 13
+    hollow = ElementTree.fromstring(chart([bubbles[0], Bubble("untimed", "C", 7, 3)], "latency"))
+    assert sorted(c.get("fill", "") == "none" for c in hollow.iter() if c.tag.endswith("circle")) == [False, True]
+    assert "hollow: not timed" in ElementTree.tostring(hollow, encoding="unicode")
     with pytest.raises(InputError, match="at least one model"):
         chart([], "")
     for wrong in (0.0, -1.0, math.nan):
