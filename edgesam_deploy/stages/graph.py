@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from edgesam_deploy.contract import POINT_COORDS, POINT_LABELS
 from edgesam_deploy.errors import GraphError
-from edgesam_deploy.files import write_bytes
+from edgesam_deploy.files import output_errors, write_bytes
 from edgesam_deploy.runtime import open_session
 from edgesam_deploy.stages import external_data
 
@@ -78,6 +78,17 @@ def copy(source: Path, output: Path) -> None:
         external_data.copy(model, source, output)
     else:
         write_bytes(output, source.read_bytes())
+
+
+def move(source: Path, output: Path) -> None:
+    """Rename an ONNX file into another folder of the same disk, and the file of its weights where it has one."""
+    data = external_data.data_file(source)
+    with output_errors(output):
+        if data.exists():
+            data.replace(external_data.data_file(output))
+        else:
+            external_data.data_file(output).unlink(missing_ok=True)
+        source.replace(output)
 
 
 def remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,26 +40,34 @@ def simplify(source: Path, output: Path) -> SimplifyResult:
     com.microsoft::Attention in SAM decoders, which TensorRT refuses), it has no more nodes than before, and its
     outputs agree with the input graph; otherwise the next one is tried. Raises GraphError when none passes.
     """
-    before = graphs.load(source)
-    # The tools hand a graph on as one message, which large weights are too much for; the exporter has folded those.
-    light, hidden = external_data.hide_weights(before) if external_data.is_large(before) else (before, [])
+    before = graphs.load(source, weights=False)
+    nodes_before = len(before.graph.node)
     rejected: list[str] = []
-    for tool, run in _TOOLS.items():
-        try:
-            candidate = run(_copied(light))
-            external_data.reveal_weights(candidate, hidden)
-        except Exception as error:  # three third-party tools, each with its own exceptions
-            rejected.append(f"{tool}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
-            continue
-        fold_affine_after_relu(candidate)
-        halve_gelu_last(candidate)
-        fault, error_size = _judge(source, before, candidate, output.parent)
-        if fault:
-            rejected.append(f"{tool}: {fault}")
-            continue
-        graphs.save(candidate, output, {"stage": "simplify", "tool": tool, "parent_sha256": sha256_file(source)})
-        nodes = (len(before.graph.node), len(candidate.graph.node))
-        return SimplifyResult(output, tool, tuple(rejected), *nodes, error_size)
+    trial = output.parent / f"{TEMPORARY_PREFIX}{output.name}" / output.name
+    try:
+        for tool, run in _TOOLS.items():
+            model = graphs.load(source)
+            try:
+                candidate = _candidate(model, run)
+            except Exception as error:  # three third-party tools, each with its own exceptions
+                rejected.append(f"{tool}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
+                continue
+            finally:
+                del model
+            nodes_after = len(candidate.graph.node)
+            if fault := _fault(candidate, nodes_before):
+                rejected.append(f"{tool}: {fault}")
+                continue
+            graphs.save(candidate, trial, {"stage": "simplify", "tool": tool, "parent_sha256": sha256_file(source)})
+            del candidate  # or large weights would be in memory twice, here and in a session
+            moved = graphs.disagreement(source, trial, graphs.example_feeds(before))
+            if moved > graphs.AGREEMENT:
+                rejected.append(f"{tool}: outputs moved by {moved:.2g}")
+                continue
+            graphs.move(trial, output)
+            return SimplifyResult(output, tool, tuple(rejected), nodes_before, nodes_after, moved)
+    finally:
+        shutil.rmtree(trial.parent, ignore_errors=True)
     raise GraphError(f"no simplifier gave an acceptable graph for {source}: {'; '.join(rejected)}")
 
 
@@ -155,26 +164,26 @@ def _scale_conv(
         conv.input[index] = name
 
 
-def _judge(source: Path, before: onnx.ModelProto, candidate: onnx.ModelProto, folder: Path) -> tuple[str, float]:
-    """(the fault, or an empty string; the relative output difference)."""
+def _candidate(model: onnx.ModelProto, run: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
+    """What a tool makes of a graph, and our own rewriting of that."""
+    hidden: list[onnx.TensorProto] = []
+    if external_data.is_large(model):
+        # The tools hand a graph on as one message, too small for such weights; the exporter has folded those.
+        model, hidden = external_data.hide_weights(model)
+    candidate = run(model)
+    external_data.reveal_weights(candidate, hidden)
+    fold_affine_after_relu(candidate)
+    halve_gelu_last(candidate)
+    return candidate
+
+
+def _fault(candidate: onnx.ModelProto, nodes_before: int) -> str:
+    """What is wrong with a simplified graph as it stands, or an empty string."""
     if foreign := graphs.foreign_nodes(candidate):
-        return f"planted {', '.join(foreign)}", float("nan")
-    if len(candidate.graph.node) > len(before.graph.node):
-        return f"grew the graph from {len(before.graph.node)} to {len(candidate.graph.node)} nodes", float("nan")
-    trial = folder / f"{TEMPORARY_PREFIX}candidate.onnx"
-    try:
-        graphs.save(candidate, trial, {})
-        error = graphs.disagreement(source, trial, graphs.example_feeds(before))
-    finally:
-        graphs.remove(trial)
-    return (f"outputs moved by {error:.2g}" if error > graphs.AGREEMENT else ""), error
-
-
-def _copied(model: onnx.ModelProto) -> onnx.ModelProto:
-    """For a tool to do with as it likes."""
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    return copied
+        return f"planted {', '.join(foreign)}"
+    if len(candidate.graph.node) > nodes_before:
+        return f"grew the graph from {nodes_before} to {len(candidate.graph.node)} nodes"
+    return ""
 
 
 def _onnxsim(model: onnx.ModelProto, optimize: bool) -> onnx.ModelProto:
