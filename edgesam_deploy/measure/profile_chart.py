@@ -17,7 +17,7 @@ _LINE = 13
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart; beyond eight families they recur.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7500", "#555555")
 _STYLE = (
-    "text{font:11px sans-serif;fill:#333}.title{font-size:13px}.axis{stroke:#333;fill:none}.grid{stroke:#e4e4e4}"
+    "text{font:11px sans-serif;fill:#333}.title{font-size:12px}.axis{stroke:#333;fill:none}.grid{stroke:#e4e4e4}"
     "circle{fill-opacity:.35;stroke-width:1.5}.lead{stroke:#999;stroke-width:.6}"
 )
 
@@ -79,7 +79,7 @@ def chart(bubbles: Sequence[Bubble], size_label: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'role="img" aria-label="{escape(title)}"><style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
-        f'<text class="title" x="{_LEFT}" y="22">{escape(title)}</text>{_axes(x, y)}'
+        f'<text class="title" x="12" y="18">{escape(title)}</text>{_axes(x, y)}'
         f"{''.join(_circle(b, x, y, radii[b], colours[b.family]) for b in ordered)}"
         f"{''.join(_labels(bubbles, x, y))}</svg>\n"
     )
