@@ -16,7 +16,7 @@ This is the only home of tensor names. A shape entry is an ``int`` or the name o
 
 Two named variants, which a geometry asks for:
 
-    points    ``mask_input = false``: the decoder takes neither mask_input nor has_mask_input (EdgeSAM, EfficientSAM)
+    points    ``mask_input = false``: the decoder takes neither mask_input nor has_mask_input (EfficientSAM)
     high-res  ``high_res_channels = [C0, C1]``: beside image_embeddings the encoder gives, and the decoder takes,
               high_res_feats_0 (1, C0, 4E, 4E) and high_res_feats_1 (1, C1, 2E, 2E), float32 (SAM 2, EdgeTAM)
 """
