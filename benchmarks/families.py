@@ -103,9 +103,7 @@ def examine(name: str, work: Path) -> dict[str, Any]:
 
 
 def initial(name: str) -> torch.nn.Module:
-    """The network with seeded weights. A student's batch statistics are those of photographs: without them
-    EfficientNetV2-S amplifies the last bit of a sum beyond any tolerance.
-    """
+    """The network with seeded weights, a student's as ``int8_encoders.student`` makes them."""
     if name.startswith(STUDENTS):
         from int8_encoders import student
 

@@ -3,8 +3,8 @@
     python benchmarks/students.py [--prepare] [--recipes NAME ...] [--threads 2] [--runs 11]
 
 Writes benchmarks/results/students/students.json and students.svg. The students have no published weights: theirs are
-random (seed 0), with batch statistics and INT8 ranges of real photographs; how long a graph takes hardly depends on
-them, what its masks are worth does, and is not told here. --prepare makes the graphs only, into engines/.students, and
+random (seed 0) with INT8 ranges of photographs; how long a graph takes hardly depends on them, what its masks are worth
+does, and is not told here. --prepare makes the graphs only, into engines/.students, and
 may run beside other work; without it they are timed, which must not. FP32 and INT8 each run on ONNX Runtime and on
 OpenVINO; the table takes the faster backend of each. Peak memory is that of a process which loads and runs one graph.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,8 @@ def prepare(name: str) -> None:
     own = FOLDER / name
     if (own / "counts.json").is_file():
         return
+    own.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(own / "work", ignore_errors=True)  # of a run that was interrupted
     subject = student(name)
     encoder, _ = export_as_ours(subject, own / "work")
     int8, names = quantize_as_ours(subject, encoder, own / "work")
