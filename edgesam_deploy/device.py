@@ -59,6 +59,8 @@ MODULES = {
     "p3834-0008": ("thor", ""),
 }
 # What decides how fast a CPU runs INT8 and bfloat16, as /proc/cpuinfo calls it; on x86 and on Arm.
+# Any of them multiplies uint8 x int8 into 32 bits.
+EXACT_INT8 = frozenset(("avx_vnni", "avx512_vnni", "amx_int8"))
 CPU_FEATURES = ("avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
 # cuda.h: CUdevice_attribute.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
@@ -120,6 +122,12 @@ def cpu_features(root: Path = Path("/")) -> tuple[str, ...] | None:
     lines = _read(root / "proc/cpuinfo").splitlines()
     flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
     return tuple(name for name in CPU_FEATURES if name in flags) if flags else None
+
+
+def int8_saturates() -> bool:
+    """Whether this CPU's sums of uint8 x int8 can saturate: an x86 without VNNI and AMX adds pairs in 16 bits."""
+    features = cpu_features()
+    return platform.machine() == "x86_64" and features is not None and not EXACT_INT8 & set(features)
 
 
 def parse_l4t(release: str) -> str | None:

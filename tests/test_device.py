@@ -320,3 +320,24 @@ def test_what_a_cpu_has_for_int8_and_bf16(
         (tmp_path / "proc").mkdir()
         (tmp_path / "proc" / "cpuinfo").write_text(cpuinfo)
     assert cpu_features(tmp_path) == features
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "saturates"),
+    [
+        ("x86_64", (), True),
+        ("x86_64", ("bf16",), True),
+        ("x86_64", ("avx512_vnni",), False),
+        ("x86_64", ("amx_int8",), False),
+        ("x86_64", None, False),
+        ("aarch64", ("asimddp",), False),
+    ],
+)
+def test_which_cpus_saturate(
+    machine: str, features: tuple[str, ...] | None, saturates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgesam_deploy import device
+
+    monkeypatch.setattr(device.platform, "machine", lambda: machine)
+    monkeypatch.setattr(device, "cpu_features", lambda: features)
+    assert device.int8_saturates() is saturates

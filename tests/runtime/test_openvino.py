@@ -22,6 +22,7 @@ import pytest
 from edgesam_deploy import load_bundle, shipped_bundle
 from edgesam_deploy.bundle import open_graphs
 from edgesam_deploy.contract import contracts
+from edgesam_deploy.device import int8_saturates
 from edgesam_deploy.errors import BackendError, GraphError, InputError
 from edgesam_deploy.measure.accuracy import compare, load_answers
 from edgesam_deploy.runtime import SessionOptions, open_session
@@ -32,6 +33,7 @@ if find_spec("openvino") is None:
 
 Feeds = dict[str, np.ndarray[Any, Any]]
 ONE = SessionOptions(threads=1)
+SATURATES = "this CPU has no VNNI: OpenVINO's INT8 sums saturate on it, and builds leave it out"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,8 @@ def test_fp32_is_pytorchs_and_onnx_runtimes(
 @pytest.mark.parametrize("stage", ["quantize-encoder", "encode-encoder"])
 def test_int8_in_both_encodings_gives_the_masks_of_onnx_runtime(built: SimpleNamespace, stage: str) -> None:
     """Against PyTorch FP32, as good as ONNX Runtime within 0.01; not bit by bit: they round sums in another order."""
+    if int8_saturates():
+        pytest.skip(SATURATES)
     bundle = load_bundle(built.bundle)
     files = {"encoder": built.stages / stage / "encoder.onnx", "decoder": bundle.graph("decoder")}
     answers = load_answers(bundle.path / "verify" / "answers.npz")
@@ -118,6 +122,8 @@ def test_every_convolution_computes_as_the_graph_says(
 
     if asked == "bf16" and not native_bf16():
         pytest.skip("this CPU does not compute in bfloat16")
+    if computes == "i8" and int8_saturates():
+        pytest.skip(SATURATES)
     stage = request.node.callspec.id.removesuffix("-bf16")
     compiled, _ = _compile(built.stages / stage / "encoder.onnx", 1, asked)
     told = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
