@@ -79,8 +79,9 @@ class BackendChoice:
 def candidates_for(graphs: Mapping[str | None, Path], bf16: bool = False) -> list[Candidate]:
     """Every installed backend on every file. graphs: by the encoding of their INT8, None for a graph without.
 
-    bf16: also in bfloat16, where the CPU has it. On a CPU whose INT8 sums saturate only ONNX Runtime runs INT8, where it
-    is installed: it has a way around that (``runtime.onnxruntime``). Raises MissingExtraError if there is no CPU backend.
+    bf16: also in bfloat16, where the CPU has it. On a CPU whose INT8 sums saturate only ONNX Runtime runs INT8, where
+    it is installed: it has a way around that (``runtime.onnxruntime``). Raises MissingExtraError if there is no CPU
+    backend.
     """
     backends = [backend for backend in CPU_BACKENDS if installed(backend)]
     if not backends:

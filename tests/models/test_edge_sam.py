@@ -82,7 +82,8 @@ def test_bilinear_embeddings_agree(model: Sam, recipe: Recipe, upstream: Recorde
     with torch.inference_mode():
         found, bicubic = (m.image_encoder(smooth_image(256)).numpy()[EMBEDDING_PART] for m in (bilinear, model))
     assert error(found, upstream["image_embeddings_bilinear"]) < 5e-4
-    assert error(bicubic, upstream["image_embeddings_bilinear"]) > 0.01
+    # The other way to upscale is told apart: a difference that is meant, and so none of ``error``.
+    assert abs(bicubic - upstream["image_embeddings_bilinear"]).max() > 0.1
 
 
 @pytest.mark.parametrize("name", PROMPTS)
