@@ -42,7 +42,8 @@ class OnnxRuntimeSession:
         # Idle pools would spin: with two sessions and numpy in one process they take each other's cores (a whole
         # prediction on 2 cores took 100-112 ms with spinning, 45-54 ms without).
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # On x86 without VNNI sums of uint8 x int8 saturate unless weights become uint8; elsewhere it changes nothing.
+        # On x86 without VNNI sums of uint8 x int8 saturate unless weights become uint8. Meant for such CPUs alone; what
+        # it does on others has not been measured.
         settings.add_session_config_entry("session.x64quantprecision", "1")
         if options.frugal:
             # The default order may leave all that only a graph output reads to the end, and with it what it reads.
