@@ -6,8 +6,8 @@ Writes benchmarks/results/students/students.json and students.svg. The students 
 random (seed 0) with INT8 ranges of photographs; how long a graph takes hardly depends on them, what its masks are worth
 does, and is not told here. --prepare makes the graphs only, into engines/.students, and may run beside other work;
 without it they are timed, which must not. FP32 and INT8 each run on ONNX Runtime and on OpenVINO; the table takes the
-faster backend of each, but not OpenVINO's INT8 on a CPU whose sums saturate. Peak memory is that of a process which
-loads and runs one graph.
+faster backend of each, but not OpenVINO's INT8 on a CPU whose sums saturate: it computes them in FP32. Peak memory is
+that of a process which loads and runs one graph.
 """
 
 from __future__ import annotations

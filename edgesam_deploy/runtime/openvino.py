@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesam_deploy.contract import Geometry, GraphContract, TensorSpec, contracts
+from edgesam_deploy.device import int8_saturates
 from edgesam_deploy.errors import BackendError, GraphError, InputError, MissingExtraError
 from edgesam_deploy.runtime import SessionOptions
 
@@ -158,6 +159,11 @@ def _compile(graph: Path, threads: int, precision: str) -> tuple[Any, GraphContr
         # Pinned, two processes of one thread each share the first core and leave the others idle.
         "ENABLE_CPU_PINNING": False,
     }
+    if int8_saturates():
+        # Without VNNI its INT8 convolutions add pairs of products in 16 bits, which saturate (reference: mask IoU 0.82
+        # instead of 0.98), so Q/DQ graphs are computed as they are written there: rounded to INT8, summed in FP32.
+        # The name is that of the CPU plugin's own switch (src/plugins/intel_cpu/src/config.cpp).
+        settings["LP_TRANSFORMS_MODE"] = False
     try:
         # The ONNX reader itself: Core.read_model tries every other format too, and these write to stderr.
         reader = FrontEndManager().load_by_framework("onnx")

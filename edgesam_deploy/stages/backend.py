@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesam_deploy.contract import GraphContract, TensorSpec
-from edgesam_deploy.device import int8_saturates
 from edgesam_deploy.errors import InputError, MissingExtraError
 from edgesam_deploy.measure.compare import alternate, label, versions
 from edgesam_deploy.measure.latency import machine
@@ -79,20 +78,16 @@ class BackendChoice:
 def candidates_for(graphs: Mapping[str | None, Path], bf16: bool = False) -> list[Candidate]:
     """Every installed backend on every file. graphs: by the encoding of their INT8, None for a graph without.
 
-    bf16: also in bfloat16, where the CPU has it. On a CPU whose INT8 sums saturate only ONNX Runtime runs INT8, where
-    it is installed: it has a way around that (``runtime.onnxruntime``). Raises MissingExtraError if there is no CPU
-    backend.
+    bf16: also in bfloat16, where the CPU has it. Raises MissingExtraError if there is no CPU backend.
     """
     backends = [backend for backend in CPU_BACKENDS if installed(backend)]
     if not backends:
         raise MissingExtraError(DEFAULT_BACKEND, "cpu")
-    exact = [DEFAULT_BACKEND] if DEFAULT_BACKEND in backends and int8_saturates() else backends
     return [
         Candidate(backend, encoding, half, graph)
         for backend in backends
         for half in ((False, True) if bf16 and backend in BF16_BACKENDS and _has_bf16() else (False,))
         for encoding, graph in graphs.items()
-        if encoding is None or backend in exact
     ]
 
 

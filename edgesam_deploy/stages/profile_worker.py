@@ -51,7 +51,7 @@ def checked(recipe: Recipe, batch: int, say: Callable[[str], None]) -> tuple[Che
     from edgesam_deploy.stages.profile_checks import has_calflops
 
     if not has_calflops():
-        say("calflops is not installed and does not count: run  pip install calflops")
+        say("calflops is not installed and does not count: run  pip install calflops transformers")
     return tuple(
         Check(**{**found, "missed": tuple(Missed(**missed) for missed in found["missed"])})
         for found in ask("check", (recipe, batch))["checks"]

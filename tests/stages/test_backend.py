@@ -76,22 +76,12 @@ def test_candidates_are_what_is_installed(
 ) -> None:
     monkeypatch.setattr(stage, "installed", lambda backend: backend in there)
     monkeypatch.setattr(stage, "_has_bf16", lambda: half)
-    monkeypatch.setattr(stage, "int8_saturates", lambda: False)
     assert {c.label for c in candidates_for({None: GRAPH}, bf16=True)} == names
     assert {(c.label, c.graph) for c in candidates_for(BOTH, bf16=True)} == {
         (f"{name}, {encoding} encoding", graph) for name in names for encoding, graph in BOTH.items()
     }
     # Nobody gets bfloat16 without asking.
     assert not any(c.bf16 for c in candidates_for(BOTH))
-
-
-def test_where_int8_saturates_only_onnx_runtime_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "installed", lambda backend: True)
-    monkeypatch.setattr(stage, "int8_saturates", lambda: True)
-    assert {c.backend for c in candidates_for(BOTH)} == {"onnxruntime"}
-    assert {c.backend for c in candidates_for({None: GRAPH})} == set(CPU_BACKENDS)
-    monkeypatch.setattr(stage, "installed", lambda backend: backend == "openvino")
-    assert {c.backend for c in candidates_for(BOTH)} == {"openvino"}, "it is all there is, and verify tells"
 
 
 def test_no_backend_at_all_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
