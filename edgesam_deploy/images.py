@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from edgesam_deploy.errors import ImageError
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def read_image(path: Path) -> npt.NDArray[np.uint8]:
-    """Read a file as (H,W,3) uint8 RGB with its EXIF rotation applied.
+def read_image(path: Path, content: bytes | None = None) -> npt.NDArray[np.uint8]:
+    """Read a file as (H,W,3) uint8 RGB with its EXIF rotation applied. content: what is in it, if that is at hand.
 
     Grey, palette, RGBA (alpha dropped), CMYK and 16-bit grey (its upper 8 bits) are converted. Raises ImageError
     for a file that is missing, truncated, not an image, empty, or larger than Pillow's decompression limit.
@@ -25,7 +26,7 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
             # Pillow warns about damaged metadata, dropped transparency, and from 89 M pixels on (it refuses at twice
             # that); pixels it cannot read are an error.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path if content is None else io.BytesIO(content)) as image:
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError) as error:

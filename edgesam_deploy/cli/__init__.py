@@ -16,6 +16,7 @@ COMMANDS = (
     "bench",
     "build",
     "compile",
+    "distill",
     "doctor",
     "estimate",
     "explain",

@@ -49,7 +49,10 @@ class ReferenceEncoder(nn.Module):
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.image_encoder: Any = model.image_encoder
-        self.mean, self.std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (recipe.pixels.mean, recipe.pixels.std))
+        self.mean: Tensor
+        self.std: Tensor
+        for name, values in (("mean", recipe.pixels.mean), ("std", recipe.pixels.std)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
         self.padded = recipe.geometry.resize == LONGEST_SIDE
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -1,0 +1,257 @@
+"""Decoupled distillation: a small image encoder learns to give the embeddings of a large one.
+
+The mask decoder is the teacher's own and is not touched, as in MobileSAM (Zhang et al. 2023, arXiv:2306.14289, §3.2)
+and NanoSAM. A run is a function of its options, images and teacher: killed at any moment and started again, it ends
+with the very weights of a run that was not (on the CPU, with the same threads and number of processes).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from edgesam_deploy.distill.distributed import World
+from edgesam_deploy.distill.options import DistillOptions
+from edgesam_deploy.distill.samples import Pairs, Steps
+from edgesam_deploy.distill.teacher import Teacher, encoder_of
+from edgesam_deploy.errors import CheckpointError
+from edgesam_deploy.files import writing
+from edgesam_deploy.recipe import Recipe
+
+# PyTorch's default, 0.1, lets batch statistics of small batches jump about.
+NORM_MOMENTUM = 0.03
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One update. cosine: mean over positions of the cosine between student and teacher embeddings."""
+
+    step: int
+    loss: float
+    cosine: float
+    rate: float
+    grad_norm: float
+
+
+def embedding_loss(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Scalar loss of (B,C,E,E) float32 against (B,C,E,E). huber: NanoSAM's, delta 1; mse: MobileSAM's."""
+    if kind == "huber":
+        return F.huber_loss(student, teacher)
+    if kind == "l1":
+        return F.l1_loss(student, teacher)
+    if kind == "mse":
+        return F.mse_loss(student, teacher)
+    return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
+
+
+@dataclass
+class Run:
+    """Student, running average, optimizer and place in the run. model: the student's whole network."""
+
+    model: nn.Module
+    recipe: Recipe
+    options: DistillOptions
+    total: int
+    world: World
+    identity: str
+    step: int = 0
+    seconds: float = 0.0
+    encoder: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        # channels_last: a third faster on CPUs, and what tensor cores want.
+        self.model.to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.encoder = encoder_of(self.model, self.recipe).to(self.world.device)
+        learning = [p for p in self.image_encoder.parameters() if p.requires_grad]
+        self.average = copy.deepcopy(self.image_encoder).eval()
+        groups = [{"params": [p for p in learning if p.ndim > 1], "weight_decay": self.options.weight_decay},
+                  {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(groups, lr=self.options.lr, momentum=0.9)
+            if self.options.optimizer == "sgd"
+            else torch.optim.AdamW(groups, lr=self.options.lr, betas=(0.9, 0.98))
+        )
+        half = self.options.amp == "fp16" and self.world.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
+        self.parallel = DistributedDataParallel(self.encoder) if self.world.size > 1 else self.encoder
+
+    @property
+    def image_encoder(self) -> nn.Module:
+        return cast(nn.Module, self.model.image_encoder)
+
+    def rate(self) -> float:
+        """Learning rate of this update: linear warm-up, then half a cosine."""
+        o = self.options
+        done = max(0, self.step - o.warmup) / max(1, self.total - o.warmup)
+        cosine = o.final + (1 - o.final) * 0.5 * (1 + math.cos(math.pi * done))
+        return o.lr * min(1.0, (self.step + 1) / max(1, o.warmup)) * cosine
+
+    def update(self, batches: list[tuple[Tensor, Tensor]], teach: Callable[[Tensor], Tensor]) -> StepResult:
+        """One update from ``accumulate`` batches. teach: the second half of a batch -> embeddings, float32.
+
+        Raises CheckpointError for a loss that is not finite.
+        """
+        self._train_mode()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = [0.0, 0.0]
+        for number, (images, targets) in enumerate(batches):
+            wanted = teach(targets)
+            # Gradients are exchanged once an update, with the last batch.
+            with self._exchange(number == len(batches) - 1):
+                student = self._forward(images)
+                loss = embedding_loss(self.options.loss, student, wanted)
+                self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            sums[0] += loss.item() / len(batches)
+            with torch.no_grad():
+                sums[1] += F.cosine_similarity(student, wanted, dim=1).mean().item() / len(batches)
+        loss_value, cosine = self.world.mean(sums)
+        if not math.isfinite(loss_value):
+            raise CheckpointError(f"the loss is {loss_value} at step {self.step}: start again with a lower --lr")
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.image_encoder.parameters(), self.options.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        result = StepResult(self.step, loss_value, cosine, self.rate(), float(norm))
+        self._average()
+        self.step += 1
+        return result
+
+    def averaged(self) -> nn.Module:
+        """The whole student with the averaged encoder, in eval mode; a copy."""
+        model = copy.deepcopy(self.model).eval()
+        model.image_encoder = copy.deepcopy(self.average)
+        return model
+
+    def save(self, path: Path) -> None:
+        """All that the next update depends on, whole or not at all."""
+        state = {
+            "identity": self.identity,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),  # dropout
+        }
+        with writing(path) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self, path: Path) -> None:
+        """Go on where ``save`` left off. Raises CheckpointError for another run's state, or a file that is none."""
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=self.world.device, weights_only=True)
+            identity = state["identity"]
+        except Exception as error:  # torch raises what pickle, zipfile and its own code raise
+            raise CheckpointError(
+                f"{path} is not the state of a run ({type(error).__name__}): delete it to start again"
+            ) from error
+        if identity != self.identity:
+            raise CheckpointError(
+                f"{path} is of a run with other options, images, teacher or student: give another output folder, or "
+                f"delete it to start again. That run: {identity}"
+            )
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"].cpu())
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+    def _train_mode(self) -> None:
+        self.image_encoder.train()
+        for module in self.image_encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(not self.options.freeze_norm)
+                module.momentum = NORM_MOMENTUM
+
+    def _exchange(self, now: bool) -> Any:
+        if now or not isinstance(self.parallel, DistributedDataParallel):
+            return torch.enable_grad()
+        return self.parallel.no_sync()
+
+    def _forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.world.device.type, AMP_TYPES.get(self.options.amp), enabled=self.options.amp != "off"):
+            found: Tensor = self.parallel(images.to(self.world.device, non_blocking=True))
+        return found.float()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # A young average forgets its start faster.
+        weight = 1 - min(self.options.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.image_encoder.parameters()), weight)
+        for target, source in zip(self.average.buffers(), self.image_encoder.buffers(), strict=True):
+            target.copy_(source)
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """When a run saves its state, every ``seconds``; when it ends early, after ``limit`` seconds, None for never."""
+
+    seconds: float = 600.0
+    limit: float | None = None
+
+
+def train(
+    run: Run,
+    pairs: Pairs,
+    images: npt.NDArray[np.int64],
+    teacher: Teacher,
+    state: Path,
+    pause: Pause,
+    workers: int,
+    after: Callable[[StepResult], None],
+) -> bool:
+    """Update until the run is at its end (True) or at its time limit (False); its state is then in ``state``.
+
+    after: called with every update's result, by every process.
+    """
+    world, started, spent = run.world, time.monotonic(), run.seconds
+    saved = started
+    sampler = Steps(images, run.options, run.step, run.total, world.rank, world.size)
+    loader = DataLoader(pairs, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda")
+    teach = _teach(teacher, pairs.cache is not None, world.device)
+    for batches in _grouped(iter(loader), run.options.accumulate):
+        result = run.update(batches, teach)
+        now = time.monotonic()
+        run.seconds = spent + now - started
+        over = world.any(pause.limit is not None and now - started >= pause.limit)
+        last = run.step == run.total
+        if world.first and (last or over or now - saved >= pause.seconds):
+            run.save(state)
+            saved = time.monotonic()
+        after(result)
+        if over and not last:
+            return False
+    return True
+
+
+def _grouped(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == count:
+            yield group
+            group = []
+
+
+def _teach(teacher: Teacher, cached: bool, device: torch.device) -> Callable[[Tensor], Tensor]:
+    if cached:
+        return lambda targets: targets.to(device, non_blocking=True).float()
+    return lambda targets: torch.from_numpy(teacher.embed(targets.numpy())).to(device)

@@ -1,0 +1,203 @@
+"""``sam-export distill`` on a dozen photographs: it learns, stops, goes on to the same bits, and says what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+
+from PIL import Image
+
+from edgesam_deploy.cli import main
+from edgesam_deploy.distill.agreement import BOXES, CLICKS
+from edgesam_deploy.distill.corpus import Corpus
+from edgesam_deploy.distill.decoupled import embedding_loss
+from edgesam_deploy.masks import mask_iou
+from edgesam_deploy.models import reference_predictor
+from edgesam_deploy.models.checkpoint import load_model
+from edgesam_deploy.prompts import check_prompts
+from edgesam_deploy.recipe import load_recipe
+from edgesam_deploy.transforms import resized_hw
+
+SHORT = ("--epochs", 2, "--batch", 2, "--held", 2, "--warmup", 2, "--threads", 1, "--log-every", 1, "--shard-size", 5)
+UPDATES = 10
+
+
+@pytest.fixture
+def words(tiny_recipe: Path, student_recipe: Path, checkpoint: Path, photographs: Path) -> list[str]:
+    return [str(student_recipe), "--teacher", str(tiny_recipe), "--checkpoint", str(checkpoint), "--images",
+            str(photographs), *map(str, SHORT)]  # fmt: skip
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["distill", *map(str, arguments)], prog_name="sam-export")
+
+
+def answer(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, weights_only=True)
+    return found
+
+
+def test_a_student_learns_and_keeps_the_decoder(
+    words: list[str], tmp_path: Path, tiny_recipe: Path, student_recipe: Path, checkpoint: Path, photographs: Path
+) -> None:
+    found = answer(*words, "--epochs", 12, "--lr", 2e-3, "--check-every", 20, "-o", tmp_path)
+    assert (found["finished"], found["step"], found["total"], found["images"]) == (True, 60, 60, 10)
+    log, checks = rows(tmp_path / "log.csv"), rows(tmp_path / "checks.csv")
+    assert [int(r["step"]) for r in log] == list(range(1, 61))
+    assert np.mean([float(r["loss"]) for r in log[-5:]]) < 0.8 * np.mean([float(r["loss"]) for r in log[:5]])
+    assert [int(r["step"]) for r in checks] == [20, 40, 60]
+    assert float(checks[-1]["cosine"]) > float(checks[0]["cosine"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "cache", "checks.csv", "log.csv", "run.json", "samples", "student.pt",
+    ]  # fmt: skip
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert record["agreement"] == found["agreement"]
+    assert record["options"]["lr"] == 2e-3
+    # Two images of two views, each with the teacher's row and the student's.
+    with Image.open(tmp_path / "samples" / "step-000060.png") as picture:
+        assert picture.size == (4 * 256, 2 * 2 * 256)
+    recipe, teacher_recipe = load_recipe(student_recipe), load_recipe(tiny_recipe)
+    student, teacher = load_model(recipe, tmp_path / "student.pt"), load_model(teacher_recipe, checkpoint)
+    for part in ("prompt_encoder", "mask_decoder"):
+        mine, theirs = (getattr(m, part).state_dict() for m in (student, teacher))
+        assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    # The agreement, asked again through the Predictor.
+    corpus = Corpus([photographs])
+    both = reference_predictor(student, recipe), reference_predictor(teacher, teacher_recipe)
+    clicks, boxes = [], []
+    for index in (0, len(corpus) - 1):
+        image = corpus.read(index)
+        size = np.array([image.shape[1], image.shape[0]])
+        for predictor in both:
+            predictor.set_image(image)
+        h, w = resized_hw((image.shape[0], image.shape[1]), 32)
+        points = (np.array(CLICKS) * size)[:, None]
+        for prompts, into in (
+            (check_prompts(points, np.ones((len(points), 1)), None, image.shape[:2]), clicks),
+            (check_prompts(None, None, np.array(BOXES) * np.tile(size, 2), image.shape[:2]), boxes),
+        ):
+            (mine, _), (theirs, scores) = (p.decode(prompts) for p in both)
+            chosen = 1 + scores[:, 1:].argmax(1) if into is clicks else np.zeros(len(scores), int)
+            into += [mask_iou(m[c, :h, :w] > 0, t[c, :h, :w] > 0) for m, t, c in zip(mine, theirs, chosen, strict=True)]
+    assert found["agreement"]["click_iou"] == pytest.approx(np.mean(clicks), abs=2e-3)
+    assert found["agreement"]["box_iou"] == pytest.approx(np.mean(boxes), abs=2e-3)
+
+
+@pytest.mark.parametrize("way", ["killed", "time"])
+def test_a_stopped_run_ends_with_the_same_bits(words: list[str], tmp_path: Path, way: str) -> None:
+    whole = answer(*words, "--colours", 0.5, "-o", tmp_path / "whole", "--cache", tmp_path / "cache")
+    again = [*words, "--colours", "0.5", "-o", str(tmp_path / "again"), "--cache", str(tmp_path / "cache"),
+             "--save-every", "0"]  # fmt: skip
+    if way == "time":
+        stopped = answer(*again, "--max-hours", 1e-9)
+        assert (stopped["finished"], stopped["step"]) == (False, 1)
+        assert (tmp_path / "again" / "student.pt").is_file()
+    else:
+        command = [sys.executable, "-m", "edgesam_deploy", "distill", *again]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        log, deadline = tmp_path / "again" / "log.csv", time.monotonic() + 120
+        while not (log.exists() and len(rows(log)) >= UPDATES // 2):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (tmp_path / "again" / "state.pt").is_file()
+    done = answer(*again)
+    assert answer(*again) == {**done, "seconds": pytest.approx(done["seconds"], abs=0.1)}, "finished: nothing to do"
+    assert (done["finished"], done["step"]) == (True, UPDATES)
+    assert [int(r["step"]) for r in rows(tmp_path / "again" / "log.csv")] == list(range(1, UPDATES + 1))
+    first, second = (weights(tmp_path / name / "student.pt") for name in ("whole", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert done["sha256"] == whole["sha256"]
+
+
+def test_two_processes_learn_what_one_learns(words: list[str], tmp_path: Path) -> None:
+    """Same images an update, plain gradient descent, batch statistics frozen: then only rounding differs."""
+    same = [*words, "--optimizer", "sgd", "--freeze-norm", "--lr", "0.05", "--cache", str(tmp_path / "cache")]
+    answer(*same, "--batch", 4, "-o", tmp_path / "one")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*launcher, "edgesam_deploy", "distill", *same, "--batch", "2", "-o", str(tmp_path / "two"), "--json"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["finished"] is True
+    one, two = ([float(r["loss"]) for r in rows(tmp_path / name / "log.csv")] for name in ("one", "two"))
+    assert len(one) == len(two) == 5
+    assert two == pytest.approx(one, abs=1e-4)
+    assert one[-1] != one[0]
+
+
+def test_on_the_fly_with_views(words: list[str], tmp_path: Path) -> None:
+    found = answer(*words, "--on-the-fly", "--views", 1, "--accumulate", 2, "--loss", "cosine", "-o", tmp_path)
+    assert (found["step"], found["total"]) == (5, 5)
+    assert not (tmp_path / "cache").exists()
+    assert all(0 <= float(r["loss"]) < 2 for r in rows(tmp_path / "log.csv"))
+
+
+def test_losses_by_hand() -> None:
+    a, b = torch.tensor([[[[3.0]], [[4.0]]]]), torch.tensor([[[[3.5]], [[2.0]]]])
+    assert embedding_loss("l1", a, b).item() == pytest.approx((0.5 + 2) / 2)
+    assert embedding_loss("mse", a, b).item() == pytest.approx((0.25 + 4) / 2)
+    assert embedding_loss("huber", a, b).item() == pytest.approx((0.125 + 1.5) / 2)
+    cosine = (3 * 3.5 + 4 * 2) / (5 * np.hypot(3.5, 2))
+    assert embedding_loss("cosine", a, b).item() == pytest.approx(1 - cosine)
+
+
+WRONG: dict[str, tuple[list[object], int, str]] = {
+    "views": (["--views", 0.5], 2, "random views need the teacher beside: --on-the-fly, or --views 0"),
+    "both": (["--on-the-fly", "--cache", "x"], 2, "--on-the-fly keeps no cache"),
+    "teacher": (["--teacher", "nothing"], 2, "nothing"),
+    "images": (["--images", "/nowhere"], 2, "/nowhere does not exist; expected a folder of images or a .tar file"),
+    "init": (["--init", "/nowhere.pt"], 1, "/nowhere.pt"),
+    "lr": (["--lr", 1e9, "--ema", 0], 1, "start again with a lower --lr"),
+}
+
+
+@pytest.mark.parametrize(("more", "code", "says"), WRONG.values(), ids=WRONG)
+def test_wrong_requests_end_in_one_line(
+    words: list[str], tmp_path: Path, more: list[object], code: int, says: str
+) -> None:
+    result = run(*words, "-o", tmp_path, *more)
+    assert result.exit_code == code, result.output
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_another_runs_state_is_refused(words: list[str], tmp_path: Path) -> None:
+    answer(*words, "-o", tmp_path, "--max-hours", 1e-9)
+    result = run(*words, "-o", tmp_path, "--lr", 1e-3)
+    assert result.exit_code == 1
+    assert "is of a run with other options, images, teacher or student" in result.stderr
+    (tmp_path / "state.pt").write_bytes(b"cut")
+    result = run(*words, "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "state.pt is not the state of a run" in result.stderr
