@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgesam_deploy.distill.data import decode_segmentation, tight_box
 from edgesam_deploy.files import sha256_file, write_json
 from edgesam_deploy.images import read_image
-from edgesam_deploy.masks import MASK_THRESHOLD, mask_iou
+from edgesam_deploy.masks import MASK_THRESHOLD, decode_segmentation, mask_iou, tight_box
 from edgesam_deploy.measure.accuracy import size_class
 from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import load_model

@@ -127,6 +127,12 @@ class Geometry:
         return "sam" if self.mask_input else "points"
 
     @property
+    def first_candidate(self) -> int:
+        """Index of the first of the M masks that are offered as a choice; what is before it is the single answer."""
+        # Mask 0 was trained for unambiguous prompts, the others as a choice (mask_decoder.MaskDecoder.forward).
+        return 0 if self.single_mask == BEST else 1
+
+    @property
     def mask_size(self) -> int:
         """Side of low_res_masks and mask_input, 4E."""
         return MASK_UPSCALE * self.embedding_size

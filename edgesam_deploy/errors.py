@@ -77,6 +77,11 @@ class MissingExtraError(EdgeSAMError):
         )
         self.module = module
         self.extra = extra
+        self.otherwise = otherwise
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        """Pickled by what it was made from: one that is raised in a worker process reaches its parent."""
+        return type(self), (self.module, self.extra, self.otherwise)
 
 
 class ThresholdError(EdgeSAMError):

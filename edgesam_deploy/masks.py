@@ -1,11 +1,17 @@
-"""Low-resolution mask logits to masks of the original size, and mask IoU. Numpy only."""
+"""Low-resolution mask logits to masks of the original size, mask IoU, boxes of masks, and COCO's way to write a mask.
+
+Numpy only, but that COCO's encoding is read by pycocotools (the extra ``eval``).
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgesam_deploy.contract import LONGEST_SIDE, STRETCH
+from edgesam_deploy.errors import MissingExtraError
 from edgesam_deploy.transforms import resized_hw
 
 MASK_THRESHOLD = 0.0
@@ -53,6 +59,27 @@ def mask_iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
         raise ValueError(f"masks differ in shape: {a.shape} and {b.shape}")
     union = int(np.count_nonzero(a | b))
     return int(np.count_nonzero(a & b)) / union if union else 1.0
+
+
+def tight_box(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """Tight box xyxy float32 of a mask (H,W) that is not empty, in pixel edges: one pixel's box is one pixel wide."""
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float32)
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """COCO polygons or RLE to a mask (H,W). pycocotools' own ``COCO`` class prints to stdout, which is for results."""
+    try:
+        from pycocotools import mask as coco_mask
+    except ImportError as error:
+        raise MissingExtraError("pycocotools", "eval") from error
+
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, height, width)
+    decoded: npt.NDArray[np.bool_] = coco_mask.decode(segmentation) > 0
+    return decoded
 
 
 def _axis_matrix(low: int, square: int, cropped: int, original: int) -> npt.NDArray[np.float32]:

@@ -17,6 +17,7 @@ MASK_RGB = (30, 144, 255)
 FOREGROUND_RGB = (0, 200, 80)
 BACKGROUND_RGB = (230, 50, 50)
 BOX_RGB = (255, 200, 0)
+TRUTH_RGB = (255, 40, 220)
 _OPACITY = 0.5
 
 
@@ -24,10 +25,23 @@ def draw(
     image: npt.NDArray[np.uint8], masks: npt.NDArray[np.bool_], prompts: Prompts, scores: npt.NDArray[np.float32]
 ) -> Image.Image:
     """image (H,W,3) RGB with masks (B,H,W) tinted and outlined, prompts in the original frame, and scores (B,)."""
+    return draw_captioned(image, masks, prompts, "predicted IoU " + ", ".join(f"{s:.2f}" for s in scores))
+
+
+def draw_captioned(
+    image: npt.NDArray[np.uint8],
+    masks: npt.NDArray[np.bool_],
+    prompts: Prompts,
+    caption: str,
+    truth: npt.NDArray[np.bool_] | None = None,
+) -> Image.Image:
+    """As ``draw`` with any caption; truth: a mask (H,W) of which the outline alone is drawn."""
     canvas = image.astype(np.float32)
     for mask in masks:
         canvas[mask] = canvas[mask] * (1 - _OPACITY) + np.array(MASK_RGB) * _OPACITY
         canvas[_outline(mask)] = (255, 255, 255)
+    if truth is not None:
+        canvas[_outline(truth)] = TRUTH_RGB
     picture = Image.fromarray(canvas.astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     unit = max(1.0, max(image.shape[:2]) / 200)
@@ -41,7 +55,7 @@ def draw(
             pen.ellipse(
                 (x - r, y - r, x + r, y + r), fill=colour, outline=(255, 255, 255), width=max(1, round(unit / 2))
             )
-    _caption(pen, "predicted IoU " + ", ".join(f"{s:.2f}" for s in scores), unit)
+    _caption(pen, caption, unit)
     return picture
 
 

@@ -118,9 +118,21 @@ class Predictor:
         """(B,M,4E,4E) logits -> (B,M,H,W) logits in the original frame."""
         return upscale_logits(low_res, original_hw, self.geometry.prompt_size, self.geometry.resize)
 
-    def decode(self, prompts: Prompts) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def decode(
+        self, prompts: Prompts, mask_input: npt.NDArray[np.float32] | None = None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """All M masks of checked prompts: low_res_masks (B,M,4E,4E) and iou_predictions (B,M)."""
-        return self._decode(self._current(), prompts, None)
+        return self._decode(self._current(), prompts, mask_input)
+
+    def single_index(self, masks: npt.NDArray[np.float32], iou: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
+        """(B,) which of the M masks (B,M,4E,4E) is the answer where one is asked for; iou: their iou_predictions."""
+        rule, candidates = self.geometry.single_mask, self.geometry.first_candidate
+        index = np.zeros(len(masks), dtype=np.intp)
+        if rule != contract.FIRST:
+            index = candidates + iou[:, candidates:].argmax(axis=1)
+        if rule == contract.STABLE:
+            index = np.where(stability_scores(masks[:, 0]) >= MIN_STABILITY, 0, index)
+        return index
 
     def decoder_feeds(self, prompts: Prompts, mask_input: npt.NDArray[np.float32] | None = None) -> dict[str, Tensor]:
         """The decoder's feeds for checked prompts on the current image."""
@@ -159,16 +171,10 @@ class Predictor:
         self, masks: npt.NDArray[np.float32], iou: npt.NDArray[np.float32], multimask_output: bool
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Of all M masks (B,M,4E,4E) and their iou_predictions (B,M): the candidates, or the single answer (B,1,…)."""
-        rule = self.geometry.single_mask
-        # Mask 0 was trained for unambiguous prompts, the others as a choice (mask_decoder.MaskDecoder.forward).
-        candidates = 0 if rule == contract.BEST else 1
         if multimask_output:
+            candidates = self.geometry.first_candidate
             return masks[:, candidates:], iou[:, candidates:]
-        index = np.zeros(len(masks), dtype=np.intp)
-        if rule != contract.FIRST:
-            index = candidates + iou[:, candidates:].argmax(axis=1)
-        if rule == contract.STABLE:
-            index = np.where(stability_scores(masks[:, 0]) >= MIN_STABILITY, 0, index)
+        index = self.single_index(masks, iou)
         rows = np.arange(len(masks))
         return masks[rows, index][:, None], iou[rows, index][:, None]
 

@@ -19,6 +19,7 @@ COMMANDS = (
     "distill",
     "doctor",
     "estimate",
+    "eval",
     "explain",
     "export",
     "models",

@@ -11,7 +11,6 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from edgesam_deploy.contract import (
 )
 from edgesam_deploy.errors import InputError
 from edgesam_deploy.images import read_image
+from edgesam_deploy.masks import decode_segmentation, tight_box
 
 log = logging.getLogger(__name__)
 
@@ -132,18 +132,6 @@ def _load_coco(root: Path) -> list[Source]:
         image = _photograph(folder / info["file_name"])
         sources.append(Source(str(info["id"]), "coco-subset", image, (Image.fromarray(labels),)))
     return sources
-
-
-def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """COCO polygons or RLE to a mask (H,W). pycocotools' own ``COCO`` class prints to stdout, which is for results."""
-    from pycocotools import mask as coco_mask
-
-    if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    decoded: NDArray[np.bool_] = coco_mask.decode(segmentation) > 0
-    return decoded
 
 
 def draw(rng: np.random.Generator, sources: list[Source], settings: Settings, points: int) -> Sample:
@@ -277,12 +265,6 @@ def _coverage(mask: NDArray[np.bool_], size: int) -> Float32:
     step = mask.shape[0] // size
     coverage: Float32 = mask.reshape(size, step, size, step).mean(axis=(1, 3), dtype=np.float32)
     return coverage
-
-
-def tight_box(mask: NDArray[np.bool_]) -> Float32:
-    """Tight box xyxy float32 in pixel edges: the box of one pixel is one pixel wide."""
-    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float32)
 
 
 def _prompt(
