@@ -116,10 +116,10 @@ def mean(values: Floats, groups: npt.NDArray[np.intp], by_group: bool) -> float:
 
 def bootstrap(values: Floats, groups: npt.NDArray[np.intp], by_group: bool) -> tuple[float, float]:
     """95 % interval of the mean when groups are drawn again, with replacement."""
-    counts: Floats = np.bincount(groups).astype(np.float64)
-    sums: Floats = np.bincount(groups, values)
+    masks, sums = np.bincount(groups), np.bincount(groups, values)
+    counts = np.ones(len(masks)) if by_group else masks.astype(np.float64)
     if by_group:
-        sums, counts = sums / counts, np.ones_like(counts)
+        sums = sums / masks
     rng = np.random.default_rng(SEED)
     means = np.empty(RESAMPLES)
     for i in range(RESAMPLES):

@@ -57,10 +57,11 @@ def check_folder(folder: Path) -> None:
 def write_files(
     folder: Path, result: Mapping[str, Any], results: Sequence[ImageResult], worst: Sequence[tuple[Path, Case]]
 ) -> None:
-    """result: what becomes eval.json. worst: photographs and what to draw on them."""
+    """result: what becomes eval.json, with a list of what worst.png shows. worst: photographs and what to draw."""
     check_folder(folder)
+    shown = [{name: getattr(case.record, name) for name in ("image", "target", "iou")} for _, case in worst]
     with writing_folder(folder) as place:
-        write_json(place / RESULT, result)
+        write_json(place / RESULT, {**result, WORST: shown})
         write_bytes(place / MASKS, masks_csv(r for image in results for r in image.records).encode())
         write_bytes(place / IMAGES, images_csv(results).encode())
         if worst:
@@ -129,6 +130,8 @@ def _window(truth: Mask, answer: Mask, prompts: Prompts) -> tuple[int, int, int,
     low = np.min([box[:2] for box in boxes], axis=0)
     high = np.max([box[2:] for box in boxes], axis=0)
     half = np.maximum((high - low) * (0.5 + MARGIN), SMALLEST / 2)
+    # As wide and high as the tile shows at this scale, where the image has it.
+    half = np.maximum(half, half[::-1] * (TILE[0] / TILE[1], TILE[1] / TILE[0]))
     middle, image = (low + high) / 2, np.array(truth.shape[::-1])
     first = np.clip(np.floor(middle - half), 0, image - 1).astype(int)
     last = np.clip(np.ceil(middle + half), first + 1, image).astype(int)
