@@ -6,6 +6,9 @@ DIR holds the evaluation packs (coco-subset, bsds500, ecssd, davis-frames). mIoU
 the original image size. Prompts: "GT box", the tight box of the true mask; "centre click", one foreground point at the
 pixel of the true mask farthest from its border. Answers: "single", mask 0; "best of 3", the candidate (masks 1-3)
 closest to the truth; "by predicted IoU", the candidate that the model itself ranks first.
+
+``sam-export eval`` measures the same of any model, with --tight-boxes for these boxes. Its clicks are at the pixel of
+the largest Euclidean distance, here at the last to survive erosion by squares, as in the committed results.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from edgesam_deploy.files import sha256_file, write_json
 from edgesam_deploy.images import read_image
 from edgesam_deploy.masks import MASK_THRESHOLD, decode_segmentation, mask_iou, tight_box
 from edgesam_deploy.measure.accuracy import size_class
+from edgesam_deploy.measure.protocol import BASELINES, ELLIPSE, fill
 from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import load_model
 from edgesam_deploy.predictor import Predictor
@@ -76,8 +80,8 @@ def coco(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
     for path, objects_in, truths in coco_objects(data, "val"):
         predictor.set_image(read_image(path))
         ious = ask(predictor, truths, box=True)
-        ious["filled box"] = [mask_iou(fill(t, ellipse=False), t) for t in truths]
-        ious["inscribed ellipse"] = [mask_iou(fill(t, ellipse=True), t) for t in truths]
+        for name in BASELINES:
+            ious[name] = [mask_iou(fill(tight_box(t), t.shape, ellipse=name == ELLIPSE), t) for t in truths]
         for answer, values in ious.items():
             for annotation, iou in zip(objects_in, values, strict=True):
                 for group in ("all", size_class(annotation["area"]), annotation["source"]):
@@ -158,16 +162,6 @@ def ask(predictor: Predictor, truths: list[Mask], box: bool) -> Ious:
                 result["best of 3"].append(max(ious[1:]))
                 result["by predicted IoU"].append(ious[1 + int(np.argmax(score[1:]))])
     return result
-
-
-def fill(mask: Mask, ellipse: bool) -> Mask:
-    """What a program without a model would answer: the box of the mask, or the ellipse in it."""
-    x0, y0, x1, y1 = tight_box(mask).tolist()
-    # Distances of the pixel centres from the middle of the box, in half sides.
-    y = np.abs((2 * np.arange(mask.shape[0]) + 1 - y0 - y1) / (y1 - y0))[:, None]
-    x = np.abs((2 * np.arange(mask.shape[1]) + 1 - x0 - x1) / (x1 - x0))[None]
-    filled: Mask = y**2 + x**2 <= 1 if ellipse else np.maximum(y, x) <= 1
-    return filled
 
 
 def centre(mask: Mask) -> tuple[float, float]:

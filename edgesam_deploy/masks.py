@@ -5,6 +5,7 @@ Numpy only, but that COCO's encoding is read by pycocotools (the extra ``eval``)
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,10 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> npt.NDArr
         segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    decoded: npt.NDArray[np.bool_] = coco_mask.decode(segmentation) > 0
+    with warnings.catch_warnings():
+        # Of numpy 2 about how pycocotools hands over its memory.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        decoded: npt.NDArray[np.bool_] = coco_mask.decode(segmentation) > 0
     return decoded
 
 

@@ -95,6 +95,17 @@ def test_commands_for_devices_need_only_what_a_device_has(
     assert modules <= ON_A_DEVICE
 
 
+def test_evaluating_a_bundle_needs_no_torch(built: SimpleNamespace, tmp_path: Path) -> None:
+    """Beside what a device has, the extra for it: scipy and pycocotools."""
+    pytest.importorskip("scipy", reason="needs the eval extra")
+    from .made_up_datasets import coco
+
+    words = ["eval", str(built.bundle), "--dataset", f"coco:{coco(tmp_path)}", "--baselines", "-o", "out"]
+    modules = loaded(CLI.format(words=words), tmp_path)
+    assert modules & HEAVY == {"scipy"}
+    assert modules <= ON_A_DEVICE | {"scipy", "pycocotools"}
+
+
 def test_a_python_program_on_a_device_needs_only_what_a_device_has(built: SimpleNamespace, tmp_path: Path) -> None:
     program = (
         "import edgesam_deploy as e\n"
@@ -195,6 +206,8 @@ LIGHT = (
 LIGHT += ("device", "download", "transfer", "local_caches", "weights", "files", "contract", "errors", "measure")
 # module -> what it must not import
 FORBIDDEN = dict.fromkeys(LIGHT, HEAVY) | {"cli": HEAVY | {"PIL", "rich"}}
+# module -> what it, of all its layer, may import: an extra of its own
+ALLOWED = {"measure.boundaries": {"scipy"}}
 # Imports of the CLI inside a function are its work; at the top of a module they would cost every --help.
 TOP_ONLY = {"cli"}
 
@@ -204,7 +217,7 @@ def test_torch_and_the_onnx_tools_stay_above(name: str) -> None:
     own = name.partition(".")[0]
     path = modules()[name]
     found = {n.partition(".")[0] for n, _ in (top_imports(path) if own in TOP_ONLY else imports(path))}
-    assert found & FORBIDDEN[own] == set()
+    assert found & FORBIDDEN[own] == ALLOWED.get(name, set())
 
 
 def top_imports(path: Path) -> Iterator[tuple[str, int]]:

@@ -141,7 +141,7 @@ def test_nothing_else_is_in_the_wheel(names: set[str]) -> None:
 
 
 RUNTIME = {"click", "numpy", "pillow", "rich", "tomli"}
-EXTRAS = {"cpu", "export", "dev"}
+EXTRAS = {"cpu", "export", "eval", "dev"}
 
 
 def test_the_base_install_is_small(metadata: email.message.Message) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -35,8 +36,12 @@ PHOTO = ROOT / "edgesam_deploy" / "assets" / "photos" / "verify" / "duck.jpg"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the README's commands run, one after the other: a photograph and a MobileSAM checkpoint lie there."""
+    """Where the README's commands run, one after the other: a photograph and a MobileSAM checkpoint lie there.
+
+    In place of COCO val2017 the photograph, and a square on it.
+    """
     torch = pytest.importorskip("torch", reason="needs the export extra")
+    from edgesam_deploy.images import read_image
     from edgesam_deploy.models import build_model
     from edgesam_deploy.recipe import load_recipe
 
@@ -44,7 +49,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copyfile(PHOTO, place / "photo.jpg")
     torch.manual_seed(0)
     torch.save(build_model(load_recipe("mobile_sam")).state_dict(), place / "mobile_sam.pt")
+    (place / "val2017").mkdir()
+    shutil.copyfile(PHOTO, place / "val2017" / "000000000001.jpg")
+    (place / "instances_val2017.json").write_text(json.dumps(_instances(read_image(PHOTO).shape[:2])), encoding="utf-8")
     return place
+
+
+def _instances(hw: tuple[int, ...]) -> dict[str, list[dict[str, object]]]:
+    image = {"id": 1, "file_name": "000000000001.jpg", "height": hw[0], "width": hw[1]}
+    square = [100.0, 100.0, 300.0, 100.0, 300.0, 300.0, 100.0, 300.0]
+    annotation = {"id": 1, "image_id": 1, "iscrowd": 0, "area": 4e4, "bbox": [100, 100, 200, 200]}
+    return {"images": [image], "annotations": [{**annotation, "segmentation": [square]}]}
 
 
 def test_the_readme_has_its_commands() -> None:

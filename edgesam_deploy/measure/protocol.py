@@ -105,7 +105,7 @@ def agreement(predictor: Predictor, teacher: Predictor, targets: Sequence[Target
             yield Answer(learnt, prompt, name, mask, float(scores[i, which[i]]), _one(asked, i))
 
 
-def fill(box_xyxy: npt.NDArray[np.floating], hw: tuple[int, int], ellipse: bool) -> Mask:
+def fill(box_xyxy: npt.NDArray[np.floating], hw: tuple[int, ...], ellipse: bool) -> Mask:
     """The pixels of an image (H,W) whose centres are in a box, or in the ellipse in it."""
     x0, y0, x1, y1 = box_xyxy.tolist()
     # Distances of the pixel centres from the middle of the box, in half sides.
