@@ -134,7 +134,7 @@ def _run(
 
     if output is not None:
         check_folder(output)
-        check_writable(output.with_name(f"{output.name}.tmp"))
+        check_writable(output.resolve().with_name(f"{output.resolve().name}.tmp"))
     _check_model(model, teacher, asked)
     opened = [open_dataset(name, taken) for name in names]
     _check_extras(opened)

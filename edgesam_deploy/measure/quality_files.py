@@ -30,7 +30,7 @@ MARGIN, SMALLEST = 0.35, 48
 
 
 class Worst:
-    """The cases of the lowest IoU, at most one per image, in rising order; of equal ones the first that came."""
+    """The cases of the lowest IoU, at most one per image, in rising order; of equal ones the largest first."""
 
     def __init__(self, count: int = COLUMNS * ROWS) -> None:
         self._count = count
@@ -39,7 +39,7 @@ class Worst:
     def add(self, result: ImageResult) -> None:
         if result.worst is not None:
             self.cases.append((result.path, result.worst))
-            self.cases.sort(key=lambda case: case[1].record.iou)  # stable
+            self.cases.sort(key=lambda case: (case[1].record.iou, -case[1].record.area))
             del self.cases[self._count :]
 
 

@@ -26,7 +26,7 @@ from edgesam_deploy.measure.evaluate import MaskRecord
 from edgesam_deploy.measure.latency import machine
 from edgesam_deploy.predictor import Predictor
 from edgesam_deploy.recipe import Recipe, load_recipe
-from edgesam_deploy.stages.verify import witness
+from edgesam_deploy.stages.verify import witness, witness_name
 
 PYTORCH = "PyTorch FP32"
 
@@ -59,7 +59,7 @@ class BundleModel:
             "recipe": dict(bundle.manifest["recipe"]),
             "precision": bundle.precision,
             "target": bundle.target,
-            "runs_on": bundle.runs_on,
+            "runs_on": witness_name(bundle),
             "checkpoint_sha256": bundle.manifest.get("checkpoint_sha256"),
             "files": {name: bundle.manifest["files"][name]["sha256"] for name in sorted(names)},
         }

@@ -42,16 +42,24 @@ def verify(
 @contextmanager
 def witness(bundle: Bundle, threads: int | None = None) -> Iterator[tuple[Predictor, str]]:
     """(a Predictor whose arithmetic is the device's, what it is)."""
-    if bundle.compiled and (bundle.precision != "fp16" or bundle.backend in ENGINE_BACKENDS):
+    what = witness_name(bundle)
+    if what not in (EMULATED, TYPED):
         with bundle.open(threads) as predictor:
-            yield predictor, bundle.runs_on
+            yield predictor, what
         return
     with tempfile.TemporaryDirectory() as folder:
-        graphs, name = {name: bundle.graph(name) for name in GRAPHS}, TYPED
-        if _half(bundle):
-            graphs, name = _emulated(graphs, Path(folder)), EMULATED
+        graphs = {name: bundle.graph(name) for name in GRAPHS}
+        if what == EMULATED:
+            graphs = _emulated(graphs, Path(folder))
         with open_graphs(graphs, bundle, SessionOptions(threads), "onnxruntime") as predictor:
-            yield predictor, name
+            yield predictor, what
+
+
+def witness_name(bundle: Bundle) -> str:
+    """What ``witness`` measures a bundle by."""
+    if bundle.compiled and (bundle.precision != "fp16" or bundle.backend in ENGINE_BACKENDS):
+        return bundle.runs_on
+    return EMULATED if _half(bundle) else TYPED
 
 
 def _half(bundle: Bundle) -> bool:
