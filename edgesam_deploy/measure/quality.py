@@ -116,7 +116,8 @@ def mean(values: Floats, groups: npt.NDArray[np.intp], by_group: bool) -> float:
 
 def bootstrap(values: Floats, groups: npt.NDArray[np.intp], by_group: bool) -> tuple[float, float]:
     """95 % interval of the mean when groups are drawn again, with replacement."""
-    masks, sums = np.bincount(groups), np.bincount(groups, values)
+    masks = np.bincount(groups)
+    sums: Floats = np.bincount(groups, values).astype(np.float64)
     counts = np.ones(len(masks)) if by_group else masks.astype(np.float64)
     if by_group:
         sums = sums / masks
