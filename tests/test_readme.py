@@ -31,6 +31,13 @@ SEARCHES = [
     for line in block.splitlines()
     if re.match(r"sam-export (search|build .*--search)", line)
 ]
+DISTILLATIONS = [
+    line.partition("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "text"
+    for line in block.splitlines()
+    if line.startswith("sam-export distill")
+]
 PHOTO = ROOT / "edgesam_deploy" / "assets" / "photos" / "verify" / "duck.jpg"
 
 
@@ -99,6 +106,33 @@ def test_search_runs_on_a_tiny_model(
     assert result.exit_code in (0, 3), result.output
     assert "Traceback" not in result.output
     assert re.search(r"mask IoU|keep fp", result.output)
+
+
+@pytest.mark.parametrize("command", DISTILLATIONS, ids=["distill"])
+def test_distillation_runs_on_tiny_models(command: str, tiny_recipe: Path, tmp_path: Path) -> None:
+    """As the README has it but for student, teacher and images."""
+    import tarfile
+
+    from click.testing import CliRunner
+
+    from edgesam_deploy.cli import main
+
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        shutil.copyfile(PHOTO, tmp_path / "photos" / f"{number}.jpg")
+    with tarfile.open(tmp_path / "sa_000000.tar", "w") as archive:
+        archive.add(PHOTO, PHOTO.name)
+    words = shlex.split(command)[1:]
+    assert words[1] == "student_resnet18"
+    words[1] = str(tiny_recipe)
+    assert words[words.index("--teacher") + 1] == "mobile_sam"
+    words[words.index("--teacher") + 1] = str(tiny_recipe)
+    words = [str(tmp_path / w) if w in ("photos/", "sa_000000.tar", "run") else w for w in words]
+    weights = ROOT / "edgesam_deploy" / "assets" / "reference.pt"
+    result = CliRunner().invoke(main, [*words, "--checkpoint", str(weights), "--epochs", "1", "--batch", "1"])
+    assert result.exit_code == 0, result.output
+    assert "build it: sam-export build tiny --checkpoint" in result.output
+    assert (tmp_path / "run" / "student.pt").is_file()
 
 
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
