@@ -22,9 +22,9 @@ from edgesam_deploy.cli.terminal import (
 
 if TYPE_CHECKING:
     from edgesam_deploy.distill.agreement import Agreement
-    from edgesam_deploy.distill.decoupled import StepResult
     from edgesam_deploy.distill.distill import DistillResult
     from edgesam_deploy.distill.teacher import Teacher
+    from edgesam_deploy.distill.training import StepResult
     from edgesam_deploy.recipe import Recipe
 
 positive = click.IntRange(1)
@@ -55,6 +55,10 @@ positive = click.IntRange(1)
 @click.option("--views", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of random crops.")
 @click.option("--freeze-norm", is_flag=True, help="Keep batch statistics as they are.")
 @click.option("--held", type=click.IntRange(1), default=32, show_default=True, help="Images kept out to validate.")
+@click.option("--rounds", type=click.IntRange(0, 8), default=0, show_default=True, help="Of prompts in the loop.")
+@click.option("--prompts", type=positive, default=8, show_default=True, help="Per image, with --rounds.")
+@click.option("--embedding-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="With --rounds.")
+@click.option("--decoder-learns", is_flag=True, help="With --rounds: the mask decoder too.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--max-hours", type=click.FloatRange(0, min_open=True), help="Stop then; the same command goes on.")
 @click.option("--save-every", type=click.FloatRange(0), default=600.0, show_default=True, help="Seconds.")
@@ -80,7 +84,10 @@ def command(
 ) -> None:
     """Teach STUDENT, a recipe, the image embeddings of a teacher, whose mask decoder it keeps.
 
-    Needs nothing but images. A run that was stopped goes on when the same command is given again. For several GPUs:
+    Needs nothing but images. With --rounds, masks are compared too: for random clicks and boxes, and then with a click
+    more in each round, where student and teacher disagree; start it from an earlier run's student.pt (--init).
+
+    A run that was stopped goes on when the same command is given again. For several GPUs:
     torchrun --nproc-per-node N -m edgesam_deploy distill ...
     """
     if on_the_fly and cache is not None:
@@ -92,14 +99,15 @@ def command(
         import torch
 
         from edgesam_deploy.distill.corpus import Corpus
-        from edgesam_deploy.distill.decoupled import Pause
         from edgesam_deploy.distill.distill import Job, distill
         from edgesam_deploy.distill.distributed import join
         from edgesam_deploy.distill.options import DistillOptions
+        from edgesam_deploy.distill.training import Pause
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
     names = ("epochs", "batch", "accumulate", "lr", "warmup", "weight_decay", "optimizer", "loss", "ema", "amp",
-             "colours", "views", "freeze_norm", "held", "seed")  # fmt: skip
+             "colours", "views", "freeze_norm", "held", "seed", "rounds", "prompts", "embedding_weight",
+             "decoder_learns")  # fmt: skip
     options = DistillOptions(**{name: given[name] for name in names})
     if threads is not None:
         torch.set_num_threads(threads)

@@ -6,6 +6,7 @@ picture; ``sam-export eval`` compares at the size of the image, and with the tru
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,20 +63,22 @@ class Judge:
     device: torch.device
 
     def __post_init__(self) -> None:
-        # The decoder is the teacher's in name too; it stays where it is cheap.
-        self._decoder: Any = architecture(self.recipe).reference_decoder(self.model, self.recipe).eval().cpu()
+        # A copy, which stays where it is cheap: the network itself may move to a GPU.
+        model = copy.deepcopy(self.model).cpu()
+        decoder: Any = architecture(self.recipe).reference_decoder(model, self.recipe).eval()
         self._shapes, self._embeddings, self._masks = [], [], []
         for index in self.held:
             image = self.corpus.read(index)
             found = self.teacher.embed(encoder_input(image, self.teacher.geometry, self.teacher.pixels)[None])
             self._shapes.append((image.shape[0], image.shape[1]))
             self._embeddings.append(found.astype(np.float16))
-            self._masks.append(self._decode(torch.from_numpy(found), self._shapes[-1], None))
+            self._masks.append(_decode(decoder, self.recipe.geometry, torch.from_numpy(found), self._shapes[-1], None))
 
     @torch.inference_mode()
     def __call__(self, student: nn.Module, recipe: Recipe, samples: Path | None = None) -> Agreement:
         """How a student in eval mode does. samples: a picture of the first four images to draw, teacher beside it."""
         encoder: Any = encoder_of(student, recipe).eval().to(self.device)
+        decoder: Any = architecture(recipe).reference_decoder(copy.deepcopy(student).cpu(), recipe).eval()
         rows: list[tuple[float, float, float, float]] = []
         drawn: list[npt.NDArray[np.uint8]] = []
         for number, index in enumerate(self.held):
@@ -84,7 +87,7 @@ class Judge:
             found = encoder(given).float().cpu()
             wanted = torch.from_numpy(self._embeddings[number]).float()
             theirs, choice = self._masks[number]
-            mine, _ = self._decode(found, self._shapes[number], choice)
+            mine, _ = _decode(decoder, recipe.geometry, found, self._shapes[number], choice)
             ious = [mask_iou(a, b) for a, b in zip(mine, theirs, strict=True)]
             cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=1).mean().item()
             difference = (found - wanted).abs().mean().item()
@@ -97,26 +100,27 @@ class Judge:
                 Image.fromarray(np.concatenate(drawn)).save(temporary, format="PNG")
         return Agreement(len(rows), *(float(np.mean(column)) for column in zip(*rows, strict=True)))
 
-    @torch.inference_mode()
-    def _decode(
-        self, embedding: Tensor, hw: tuple[int, int], choice: npt.NDArray[np.int64] | None
-    ) -> tuple[list[npt.NDArray[np.bool_]], npt.NDArray[np.int64]]:
-        """Masks inside the picture, clicks first, and which candidate each is: the teacher's choice for both."""
-        geometry = self.recipe.geometry
-        masks, scores = [], []
-        for coords, labels in prompts(geometry, hw):
-            blank = torch.zeros(len(coords), 1, geometry.mask_size, geometry.mask_size)
-            extra = (blank, torch.zeros(len(coords))) if geometry.mask_input else ()
-            low_res, iou = self._decoder(embedding, torch.from_numpy(coords), torch.from_numpy(labels), *extra)
-            masks.append(low_res.numpy())
-            scores.append(iou.numpy())
-        if choice is None:
-            choice = np.zeros(len(CLICKS) + len(BOXES), np.int64)
-            # One click is ambiguous: the candidate that the teacher thinks best. A box has one answer.
-            choice[: len(CLICKS)] = scores[0].argmax(1) if masks[0].shape[1] == 1 else 1 + scores[0][:, 1:].argmax(1)
-        height, width = resized_hw(hw, geometry.mask_size, geometry.resize)
-        low = np.concatenate(masks)[np.arange(len(choice)), choice, :height, :width]
-        return list(low > MASK_THRESHOLD), choice
+
+@torch.inference_mode()
+def _decode(
+    decoder: Any, geometry: Geometry, embedding: Tensor, hw: tuple[int, int], choice: npt.NDArray[np.int64] | None
+) -> tuple[list[npt.NDArray[np.bool_]], npt.NDArray[np.int64]]:
+    """Masks inside the picture, clicks first, and which candidate each is: the teacher's choice for both."""
+    masks, scores = [], []
+    for coords, labels in prompts(geometry, hw):
+        blank = torch.zeros(len(coords), 1, geometry.mask_size, geometry.mask_size)
+        extra = (blank, torch.zeros(len(coords))) if geometry.mask_input else ()
+        low_res, iou = decoder(embedding, torch.from_numpy(coords), torch.from_numpy(labels), *extra)
+        masks.append(low_res.numpy())
+        scores.append(iou.numpy())
+    if choice is None:
+        choice = np.zeros(len(CLICKS) + len(BOXES), np.int64)
+        # One click is ambiguous: the candidate that the teacher thinks best. A box has one answer.
+        if masks[0].shape[1] > 1:
+            choice[: len(CLICKS)] = geometry.first_candidate + scores[0][:, geometry.first_candidate :].argmax(1)
+    height, width = resized_hw(hw, geometry.mask_size, geometry.resize)
+    low = np.concatenate(masks)[np.arange(len(choice)), choice, :height, :width]
+    return list(low > MASK_THRESHOLD), choice
 
 
 def prompts(geometry: Geometry, hw: tuple[int, int]) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:

@@ -1,7 +1,7 @@
 """One distillation from its inputs to a student's checkpoint: teacher pass, updates, validation, log.
 
-student.pt    the student with the averaged encoder and the teacher's prompt encoder and mask decoder: a checkpoint
-              for  sam-export build STUDENT --checkpoint
+    student.pt    the student, averaged over updates, with the teacher's prompt encoder and, if that did not learn, its
+                  mask decoder: a checkpoint for  sam-export build STUDENT --checkpoint
 run.json      what it is: options, teacher, images, versions, the last validation
 log.csv       every few updates: loss, cosine, learning rate, images per second
 checks.csv    every validation: agreement with the teacher on held-out images
@@ -25,11 +25,12 @@ from torch import nn
 from edgesam_deploy.distill.agreement import Agreement, Judge
 from edgesam_deploy.distill.cache import TeacherCache
 from edgesam_deploy.distill.corpus import Corpus
-from edgesam_deploy.distill.decoupled import Pause, Run, StepResult, train
 from edgesam_deploy.distill.distributed import World
+from edgesam_deploy.distill.objectives import Objective
 from edgesam_deploy.distill.options import DistillOptions
 from edgesam_deploy.distill.samples import Frame, Pairs, split, updates
 from edgesam_deploy.distill.teacher import Teacher, check_pair
+from edgesam_deploy.distill.training import Pause, Run, StepResult, train
 from edgesam_deploy.errors import InputError, OutputError
 from edgesam_deploy.files import clean_unfinished, sha256_file, write_bytes, write_json
 from edgesam_deploy.measure.latency import machine
@@ -116,7 +117,9 @@ def distill(job: Job, world: World, listener: Listener) -> DistillResult:
         return done
     _make_folder(job.output, world)
     cache = _fill(job, world, listener) if job.cache is not None else None
-    run = Run(_student(job), job.student, job.options, total, world, identity)
+    student = _student(job)
+    objective = Objective(student, job.student, job.model, job.recipe, job.options)
+    run = Run(student, objective, job.options, total, world, identity)
     state = job.output / STATE
     if state.exists():
         run.resume(state)
@@ -172,7 +175,7 @@ class _Book:
         assert self._last is not None
         path = job.output / STUDENT
         buffer = io.BytesIO()  # a file's own name would become part of what is saved, and so of its hash
-        torch.save(run.averaged().state_dict(), buffer)
+        torch.save(run.average.state_dict(), buffer)
         write_bytes(path, buffer.getvalue())
         digest = sha256_file(path)
         record = {**json.loads(run.identity), "step": run.step, "finished": finished, "seconds": round(run.seconds, 1),
@@ -199,7 +202,7 @@ class _Book:
         assert self._judge is not None
         run, job = self._run, self._job
         samples = job.output / SAMPLES / f"step-{run.step:06d}.png"
-        found = self._judge(run.averaged(), job.student, samples)
+        found = self._judge(run.average, job.student, samples)
         self._last = run.step, found
         values = asdict(found)
         _append(job.output / CHECKS, ("step", *values), (run.step, *(_short(v) for v in values.values())))

@@ -21,6 +21,9 @@ class DistillOptions:
     colours: share of images whose colours are changed for the student alone. views: share of images shown as a random
     crop or mirrored, to both; needs a teacher beside, on the fly. freeze_norm: batch statistics stay as they are.
     held: images kept out for validation.
+
+    rounds: of prompts, 0 to learn embeddings alone (``prompt_loop``); prompts: per image; embedding_weight: of the
+    embedding loss beside that of masks; decoder_learns: the mask decoder too, not the encoder alone.
     """
 
     epochs: float = 10.0
@@ -40,19 +43,25 @@ class DistillOptions:
     freeze_norm: bool = False
     held: int = 32
     seed: int = 0
+    rounds: int = 0
+    prompts: int = 8
+    embedding_weight: float = 1.0
+    decoder_learns: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("amp", AMP)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("batch", "accumulate"):
+        for name in ("batch", "accumulate", "prompts"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("epochs", "lr", "clip"):
             self._require(0 < getattr(self, name) < float("inf"), name, "a finite number above 0")
         for name in ("final", "ema", "colours", "views"):
             self._require(0 <= getattr(self, name) <= 1, name, "in 0..1")
-        for name in ("warmup", "held", "weight_decay", "seed"):
+        for name in ("warmup", "held", "weight_decay", "seed", "rounds", "embedding_weight"):
             self._require(0 <= getattr(self, name) < float("inf"), name, "0 or more")
+        if self.decoder_learns and not self.rounds:
+            raise InputError("the decoder learns from masks: give rounds of prompts, too, or leave it as it is")
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:

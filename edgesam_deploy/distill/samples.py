@@ -35,16 +35,17 @@ class Frame:
     pixels: Pixels
 
 
-class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """(epoch, image) -> the student's input (3,S,S) uint8, and the teacher's embedding (C,E,E) float16 from its cache,
-    or without one the teacher's input of the same view (3,S',S') uint8."""
+class Pairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """(epoch, image) -> the student's input (3,S,S) uint8; the teacher's embedding (C,E,E) float16 from its cache, or
+    without one the teacher's input of the same view (3,S',S') uint8; and (3,) int64, what prompts are drawn with:
+    height and width of the view, and a random number."""
 
     def __init__(
         self, corpus: Corpus, student: Frame, teacher: Frame, options: DistillOptions, cache: TeacherCache | None
     ) -> None:
         self.corpus, self.student, self.teacher, self.options, self.cache = corpus, student, teacher, options, cache
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         epoch, index = key
         rng = np.random.default_rng((self.options.seed, epoch, index))
         image = self.corpus.read(index)
@@ -52,9 +53,10 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
             image = view(rng, image)
         shown = change_colours(rng, image) if rng.random() < self.options.colours else image
         first = torch.from_numpy(encoder_input(shown, self.student.geometry, self.student.pixels))
+        draw = torch.tensor([*image.shape[:2], int(rng.integers(2**62))])
         if self.cache is not None:
-            return first, torch.from_numpy(np.array(self.cache[index]))
-        return first, torch.from_numpy(encoder_input(image, self.teacher.geometry, self.teacher.pixels))
+            return first, torch.from_numpy(np.array(self.cache[index])), draw
+        return first, torch.from_numpy(encoder_input(image, self.teacher.geometry, self.teacher.pixels)), draw
 
 
 class Steps(Sampler[list[tuple[int, int]]]):

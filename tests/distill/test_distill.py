@@ -23,7 +23,7 @@ from PIL import Image
 from edgesam_deploy.cli import main
 from edgesam_deploy.distill.agreement import BOXES, CLICKS
 from edgesam_deploy.distill.corpus import Corpus
-from edgesam_deploy.distill.decoupled import embedding_loss
+from edgesam_deploy.distill.objectives import embedding_loss
 from edgesam_deploy.masks import mask_iou
 from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import load_model
@@ -161,6 +161,20 @@ def test_on_the_fly_with_views(words: list[str], tmp_path: Path) -> None:
     assert (found["step"], found["total"]) == (5, 5)
     assert not (tmp_path / "cache").exists()
     assert all(0 <= float(r["loss"]) < 2 for r in rows(tmp_path / "log.csv"))
+
+
+def test_masks_are_learnt_after_embeddings(words: list[str], tmp_path: Path, checkpoint: Path) -> None:
+    first = answer(*words, "-o", tmp_path / "first", "--cache", tmp_path / "cache")
+    again = [*words, "--cache", tmp_path / "cache", "--rounds", 2, "--prompts", 4, "--init", first["checkpoint"]]
+    kept = answer(*again, "-o", tmp_path / "encoder")
+    learnt = answer(*again, "-o", tmp_path / "decoder", "--decoder-learns")
+    before = weights(checkpoint)
+    for found, changed in ((kept, False), (learnt, True)):
+        after = weights(Path(found["checkpoint"]))
+        name = "mask_decoder.mask_tokens.weight"
+        assert (not torch.equal(after[name], before[name].float())) is changed
+        name = "prompt_encoder.point_embeddings.0.weight"
+        assert torch.equal(after[name], before[name].float())
 
 
 def test_losses_by_hand() -> None:

@@ -1,8 +1,9 @@
-"""Decoupled distillation: a small image encoder learns to give the embeddings of a large one.
+"""The updates of a distillation, and the state between them.
 
-The mask decoder is the teacher's own and is not touched, as in MobileSAM (Zhang et al. 2023, arXiv:2306.14289, §3.2)
-and NanoSAM. A run is a function of its options, images and teacher: killed at any moment and started again, it ends
-with the very weights of a run that was not (on the CPU, with the same threads and number of processes).
+Decoupled, the student's image encoder alone learns, and its mask decoder is the teacher's own, as in MobileSAM (Zhang
+et al. 2023, arXiv:2306.14289, §3.2) and NanoSAM; ``objectives`` says what else there is to learn. A run is a function
+of its options, images and teacher: killed at any moment and started again, it ends with the very weights of a run that
+was not (on the CPU, with the same threads and number of processes).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,21 +20,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from edgesam_deploy.distill.distributed import World
+from edgesam_deploy.distill.objectives import Objective
 from edgesam_deploy.distill.options import DistillOptions
 from edgesam_deploy.distill.samples import Pairs, Steps
-from edgesam_deploy.distill.teacher import Teacher, encoder_of
+from edgesam_deploy.distill.teacher import Teacher
 from edgesam_deploy.errors import CheckpointError
 from edgesam_deploy.files import writing
-from edgesam_deploy.recipe import Recipe
 
 # PyTorch's default, 0.1, lets batch statistics of small batches jump about.
 NORM_MOMENTUM = 0.03
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +46,28 @@ class StepResult:
     grad_norm: float
 
 
-def embedding_loss(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """Scalar loss of (B,C,E,E) float32 against (B,C,E,E). huber: NanoSAM's, delta 1; mse: MobileSAM's."""
-    if kind == "huber":
-        return F.huber_loss(student, teacher)
-    if kind == "l1":
-        return F.l1_loss(student, teacher)
-    if kind == "mse":
-        return F.mse_loss(student, teacher)
-    return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
-
-
 @dataclass
 class Run:
     """Student, running average, optimizer and place in the run. model: the student's whole network."""
 
     model: nn.Module
-    recipe: Recipe
+    objective: Objective
     options: DistillOptions
     total: int
     world: World
     identity: str
     step: int = 0
     seconds: float = 0.0
-    encoder: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
         # channels_last: a third faster on CPUs, and what tensor cores want.
         self.model.to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.encoder = encoder_of(self.model, self.recipe).to(self.world.device)
-        learning = [p for p in self.image_encoder.parameters() if p.requires_grad]
-        self.average = copy.deepcopy(self.image_encoder).eval()
+        self.objective.to(self.world.device)
+        self.model.requires_grad_(False)
+        for part in self._learners():
+            part.requires_grad_(True)
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        self.average = copy.deepcopy(self.model).eval()
         groups = [{"params": [p for p in learning if p.ndim > 1], "weight_decay": self.options.weight_decay},
                   {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
         self.optimizer: torch.optim.Optimizer = (
@@ -87,11 +77,14 @@ class Run:
         )
         half = self.options.amp == "fp16" and self.world.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
-        self.parallel = DistributedDataParallel(self.encoder) if self.world.size > 1 else self.encoder
+        self.parallel: nn.Module = self.objective
+        if self.world.size > 1:
+            # Not every candidate of the decoder is asked for in every update.
+            self.parallel = DistributedDataParallel(self.objective, find_unused_parameters=self.options.decoder_learns)
 
-    @property
-    def image_encoder(self) -> nn.Module:
-        return cast(nn.Module, self.model.image_encoder)
+    def _learners(self) -> list[nn.Module]:
+        names = ("image_encoder", "mask_decoder") if self.options.decoder_learns else ("image_encoder",)
+        return [cast(nn.Module, getattr(self.model, name)) for name in names]
 
     def rate(self) -> float:
         """Learning rate of this update: linear warm-up, then half a cosine."""
@@ -100,7 +93,7 @@ class Run:
         cosine = o.final + (1 - o.final) * 0.5 * (1 + math.cos(math.pi * done))
         return o.lr * min(1.0, (self.step + 1) / max(1, o.warmup)) * cosine
 
-    def update(self, batches: list[tuple[Tensor, Tensor]], teach: Callable[[Tensor], Tensor]) -> StepResult:
+    def update(self, batches: list[tuple[Tensor, Tensor, Tensor]], teach: Callable[[Tensor], Tensor]) -> StepResult:
         """One update from ``accumulate`` batches. teach: the second half of a batch -> embeddings, float32.
 
         Raises CheckpointError for a loss that is not finite.
@@ -110,33 +103,25 @@ class Run:
             group["lr"] = self.rate()
         self.optimizer.zero_grad(set_to_none=True)
         sums = [0.0, 0.0]
-        for number, (images, targets) in enumerate(batches):
+        for number, (images, targets, draw) in enumerate(batches):
             wanted = teach(targets)
             # Gradients are exchanged once an update, with the last batch.
             with self._exchange(number == len(batches) - 1):
-                student = self._forward(images)
-                loss = embedding_loss(self.options.loss, student, wanted)
-                self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+                loss, agreed = self.parallel(images.to(self.world.device, non_blocking=True), wanted, draw)
+                self.scaler.scale(loss / len(batches)).backward()
             sums[0] += loss.item() / len(batches)
-            with torch.no_grad():
-                sums[1] += F.cosine_similarity(student, wanted, dim=1).mean().item() / len(batches)
+            sums[1] += agreed.item() / len(batches)
         loss_value, cosine = self.world.mean(sums)
         if not math.isfinite(loss_value):
             raise CheckpointError(f"the loss is {loss_value} at step {self.step}: start again with a lower --lr")
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.image_encoder.parameters(), self.options.clip)
+        norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.options.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         result = StepResult(self.step, loss_value, cosine, self.rate(), float(norm))
         self._average()
         self.step += 1
         return result
-
-    def averaged(self) -> nn.Module:
-        """The whole student with the averaged encoder, in eval mode; a copy."""
-        model = copy.deepcopy(self.model).eval()
-        model.image_encoder = copy.deepcopy(self.average)
-        return model
 
     def save(self, path: Path) -> None:
         """All that the next update depends on, whole or not at all."""
@@ -175,8 +160,9 @@ class Run:
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
     def _train_mode(self) -> None:
-        self.image_encoder.train()
-        for module in self.image_encoder.modules():
+        for part in self._learners():
+            part.train()
+        for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(not self.options.freeze_norm)
                 module.momentum = NORM_MOMENTUM
@@ -186,17 +172,12 @@ class Run:
             return torch.enable_grad()
         return self.parallel.no_sync()
 
-    def _forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.world.device.type, AMP_TYPES.get(self.options.amp), enabled=self.options.amp != "off"):
-            found: Tensor = self.parallel(images.to(self.world.device, non_blocking=True))
-        return found.float()
-
     @torch.no_grad()
     def _average(self) -> None:
         # A young average forgets its start faster.
         weight = 1 - min(self.options.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.image_encoder.parameters()), weight)
-        for target, source in zip(self.average.buffers(), self.image_encoder.buffers(), strict=True):
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), weight)
+        for target, source in zip(self.average.buffers(), self.model.buffers(), strict=True):
             target.copy_(source)
 
 
