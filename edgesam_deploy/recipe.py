@@ -206,15 +206,21 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
     Raises RecipeError for an unknown name and for a file that does not validate.
     """
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        path = data_folder("export") / f"{name_or_path}.toml"
-        if str(name_or_path) not in available_recipes():
-            raise RecipeError(
-                f"unknown recipe '{name_or_path}': expected one of {', '.join(available_recipes())}, "
-                "or the path of a .toml file"
-            )
+    path = recipe_path(name_or_path)
     return parse_recipe(read_toml(path), path)
+
+
+def recipe_path(name_or_path: str | Path) -> Path:
+    """The TOML of a shipped recipe, or the path as it is. Raises RecipeError for an unknown name."""
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        return path
+    if str(name_or_path) not in available_recipes():
+        raise RecipeError(
+            f"unknown recipe '{name_or_path}': expected one of {', '.join(available_recipes())}, "
+            "or the path of a .toml file"
+        )
+    return data_folder("export") / f"{name_or_path}.toml"
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ COMMANDS = (
     "models",
     "predict",
     "profile",
+    "prune",
     "quantize",
     "search",
     "selfcheck",

@@ -11,14 +11,14 @@ from edgesam_deploy.errors import RecipeError
 from edgesam_deploy.recipe import Recipe
 
 
-def options(recipe: Recipe, *names: str) -> dict[str, Any]:
-    """The entries of a recipe's [model] table. Raises RecipeError unless they are exactly ``names``."""
-    found = set(recipe.options)
-    for what, wrong in (("lacks", set(names) - found), ("does not know", found - set(names))):
+def options(recipe: Recipe, *names: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The entries of a recipe's [model] table. Raises RecipeError unless they are ``names`` and any of ``optional``."""
+    found, known = set(recipe.options), (*names, *optional)
+    for what, wrong in (("lacks", set(names) - found), ("does not know", found - set(known))):
         if wrong:
             raise RecipeError(
                 f"recipe {recipe.name}: architecture '{recipe.architecture}' {what} {', '.join(sorted(wrong))}; "
-                f"[model] takes {', '.join(names)}"
+                f"[model] takes {', '.join(known)}"
             )
     return dict(recipe.options)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from edgesam_deploy.errors import RecipeError
 from edgesam_deploy.models.architecture import Architecture
 from edgesam_deploy.models.sam import assemble, options
+from edgesam_deploy.models.widths import resize
 from edgesam_deploy.recipe import Recipe
 
 STRIDES = (8, 16, 32)
@@ -61,8 +62,10 @@ class TimmFpnEncoder(nn.Module):
 
 
 def build(recipe: Recipe) -> Sam:
-    """Options: backbone, the name of a timm model with features at strides 8, 16 and 32."""
-    encoder = TimmFpnEncoder(str(options(recipe, "backbone")["backbone"]), recipe.geometry.embedding_channels)
+    """Options: backbone, the name of a timm model with features at strides 8, 16 and 32; widths, where it was pruned."""
+    given = options(recipe, "backbone", optional=("widths",))
+    encoder = TimmFpnEncoder(str(given["backbone"]), recipe.geometry.embedding_channels)
+    resize(encoder, given.get("widths", {}))
     return assemble(encoder, recipe)
 
 
