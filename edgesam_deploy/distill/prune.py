@@ -17,9 +17,10 @@ import json
 import math
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,10 +29,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from edgesam_deploy.errors import EdgeSAMError, InputError, RecipeError
-from edgesam_deploy.files import sha256_bytes, sha256_file, write_bytes, writing
+from edgesam_deploy.files import sha256_bytes, sha256_file, writing
 from edgesam_deploy.models.checkpoint import load_model
 from edgesam_deploy.models.timm_fpn import TimmFpnEncoder
-from edgesam_deploy.models.widths import Width, resize, widths
+from edgesam_deploy.models.widths import Width, widths
 from edgesam_deploy.recipe import Recipe, load_recipe, parse_recipe, read_toml
 from edgesam_deploy.stages.profile_count import count
 
@@ -97,7 +98,7 @@ class Cut:
 
 
 def prune(source: Path, checkpoint: Path, output: Path, options: PruneOptions) -> PruneResult:
-    """Prune the encoder of the recipe ``source`` with the weights of ``checkpoint`` into files of the folder ``output``.
+    """Prune the encoder of the recipe ``source`` with the weights of ``checkpoint`` into two files in ``output``.
 
     Raises RecipeError for an architecture or backbone that cannot be pruned, CheckpointError for weights that do not
     fit, InputError for a ratio that cannot be reached, OutputError for files that cannot be written.
@@ -107,13 +108,14 @@ def prune(source: Path, checkpoint: Path, output: Path, options: PruneOptions) -
     model = load_model(recipe, checkpoint)
     encoder = cast(TimmFpnEncoder, model.image_encoder)
     size = recipe.geometry.image_size
-    before = macs(encoder, size)
+    tally = layer_macs(encoder, size)
+    before = sum(tally.values())
     parameters = _parameters(encoder)
     own = widths(encoder)
-    cuts = _following(recipe, lambda: find_cuts(encoder, size, before, options))
+    cuts = _following(recipe, lambda: find_cuts(encoder, tally, options))
     pruned = _following(recipe, lambda: cut(encoder, cuts))
     model.image_encoder = pruned
-    after = macs(pruned, size)
+    after = sum(layer_macs(pruned, size).values())
     percent = round(100 * options.ratio)
     raw = describe(read_toml(source), recipe, pruned, f"{percent} % of its encoder's multiply-adds pruned away")
     raw["name"] = f"{recipe.name}_pruned{percent}"
@@ -122,7 +124,7 @@ def prune(source: Path, checkpoint: Path, output: Path, options: PruneOptions) -
         f"Pruned by sam-export prune --ratio {options.ratio:g} --importance {options.importance} "
         f"--round-to {options.round_to} --seed {options.seed}\n"
         f"from {recipe.name} (recipe {recipe.digest}, checkpoint {sha256_file(checkpoint)}),\n"
-        f"torch-pruning {tp.__version__}, torch {torch.__version__}."
+        f"torch-pruning {version('torch-pruning')}, torch {torch.__version__}."
     )
     digest = _write(files, raw, origin, model)
     now = widths(pruned)
@@ -149,20 +151,23 @@ def check_prunable(recipe: Recipe) -> None:
         )
 
 
-def macs(encoder: nn.Module, image_size: int) -> int:
-    """Multiply-adds of one image, counted without computing them."""
+def layer_macs(encoder: nn.Module, image_size: int) -> Counter[str]:
+    """Multiply-adds of one image by the name of the layer that does them, counted without computing them."""
     shape = copy.deepcopy(encoder).to("meta")
     tally = count(shape, [torch.zeros(1, 3, image_size, image_size, device="meta")], {"encoder": shape})
-    return sum(tally.macs.values())
+    found: Counter[str] = Counter()
+    for work, macs in tally.macs.items():
+        found[work.module] += macs
+    return found
 
 
-def find_cuts(encoder: TimmFpnEncoder, image_size: int, before: int, options: PruneOptions) -> list[Cut]:
+def find_cuts(encoder: TimmFpnEncoder, macs: Counter[str], options: PruneOptions) -> list[Cut]:
     """The fewest channels, a like share of every layer, without which the encoder has the wanted multiply-adds.
 
-    Raises InputError where even the narrowest encoder has more.
+    macs: of its layers as they are. Raises InputError where even the narrowest encoder has more.
     """
     graph = _graph(encoder)
-    roots = list(_roots(graph, encoder, options))
+    own, roots = widths(encoder), list(_roots(graph, encoder, options))
     # Which root goes to which width, at which share of channels: in this order, one after the other.
     steps = sorted(
         (share, index, width)
@@ -178,9 +183,9 @@ def find_cuts(encoder: TimmFpnEncoder, image_size: int, before: int, options: Pr
         ]
 
     def reduction(taken: int) -> float:
-        shape = copy.deepcopy(encoder).to("meta")
-        resize(shape, _widths_after(graph, encoder, cuts_of(taken)))
-        return 1 - macs(shape, image_size) / before
+        changed = _widths_after(graph, encoder, cuts_of(taken))
+        gone = sum(macs[name] * (1 - _work(width) / _work(own[name])) for name, width in changed.items())
+        return gone / macs.total()
 
     low, high = 0, len(steps)
     if (most := reduction(high)) < options.ratio:
@@ -248,7 +253,7 @@ def _write(files: tuple[Path, Path], raw: dict[str, Any], origin: str, model: nn
     text = "".join(f"# {line}\n" for line in origin.splitlines()) + "\n" + "\n".join(toml_lines(raw)).strip() + "\n"
     with writing(files[0]) as recipe_file, writing(files[1]) as weights_file:
         recipe_file.write_text(text, encoding="utf-8")
-        write_bytes(weights_file, data)
+        weights_file.write_bytes(data)
         again = load_model(load_recipe(recipe_file), weights_file)
         if parse_recipe(raw, files[0]).digest != load_recipe(recipe_file).digest:
             raise RecipeError(f"recipe {raw['name']} cannot be written as TOML")
@@ -322,7 +327,7 @@ def _widths_after(graph: Any, encoder: TimmFpnEncoder, cuts: Sequence[Cut]) -> d
         for dep, channels in _group(graph, modules[each.root], each.channels):
             if (name := names.get(dep.target.module)) in own:
                 gone[cast(str, name), _reads(graph, dep)].update(channels)
-    found = {}
+    found: dict[str, Width] = {}
     for name in {name for name, _ in gone}:
         given, made = len(gone[name, True]), len(gone[name, False])
         match own[name]:
@@ -335,6 +340,16 @@ def _widths_after(graph: Any, encoder: TimmFpnEncoder, cuts: Sequence[Cut]) -> d
             case (channels,):
                 found[name] = (channels - made,)
     return found
+
+
+def _work(width: Width) -> float:
+    """Multiply-adds for each place of a layer's output, but for the size of its kernel."""
+    match width:
+        case (inner, outer, groups):
+            return inner * outer / groups
+        case (inner, outer):
+            return inner * outer
+    return 1.0  # it scales: no multiply-adds are counted
 
 
 def _group(graph: Any, root: nn.Module, channels: Sequence[int]) -> Any:

@@ -62,7 +62,7 @@ class TimmFpnEncoder(nn.Module):
 
 
 def build(recipe: Recipe) -> Sam:
-    """Options: backbone, the name of a timm model with features at strides 8, 16 and 32; widths, where it was pruned."""
+    """Options: backbone, the name of a timm model with features at strides 8, 16, 32; widths, where it was pruned."""
     given = options(recipe, "backbone", optional=("widths",))
     encoder = TimmFpnEncoder(str(given["backbone"]), recipe.geometry.embedding_channels)
     resize(encoder, given.get("widths", {}))
