@@ -40,7 +40,7 @@ ARCHITECTURE = "timm_fpn"
 IMPORTANCES = ("magnitude", "bn-scale", "random")
 LARGEST_RATIO = 0.9
 # Side of the images that the encoder is followed and checked on: what depends on it are sizes, not channels.
-TRACE_SIZE = 128
+TRACE_SIZE = 64
 # Largest difference of the check, of the largest value: sums are taken in another order.
 TOLERANCE = 1e-3
 # What the original recipe says of weights and figures that are not the pruned network's.
@@ -276,7 +276,7 @@ def _following(recipe: Recipe, work: Callable[[], Any]) -> Any:
         raise RecipeError(
             f"recipe {recipe.name}: backbone '{recipe.options['backbone']}' cannot be pruned: torch-pruning does not "
             f"follow its channels ({type(error).__name__}: {reason}). Convolutional backbones can be (HGNetV2, "
-            "MobileNetV4-conv, ResNet, RepViT, EfficientNetV2), those with attention cannot"
+            "MobileNetV4-conv, ResNet, RepViT, EfficientNetV2, EfficientViT), transformers such as TinyViT cannot"
         ) from error
 
 
