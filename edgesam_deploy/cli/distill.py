@@ -134,7 +134,7 @@ def command(
         )
         result = distill(job, world, stack.enter_context(_watching(world.first)))
     if world.first:
-        _print(result, job.student.name, as_json)
+        _print(result, student, as_json)
 
 
 @contextmanager
