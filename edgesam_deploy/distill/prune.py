@@ -276,7 +276,8 @@ def _following(recipe: Recipe, work: Callable[[], Any]) -> Any:
         raise RecipeError(
             f"recipe {recipe.name}: backbone '{recipe.options['backbone']}' cannot be pruned: torch-pruning does not "
             f"follow its channels ({type(error).__name__}: {reason}). Convolutional backbones can be (HGNetV2, "
-            "MobileNetV4-conv, ResNet, RepViT, EfficientNetV2, EfficientViT), transformers such as TinyViT cannot"
+            "MobileNetV4-conv, ResNet, RepViT, EfficientNetV2, EfficientViT), those with softmax attention (TinyViT, "
+            "MobileNetV4-hybrid) cannot"
         ) from error
 
 
