@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from edgesam_deploy.contract import LABEL_FOREGROUND, LABEL_PADDING, MASK_UPSCALE
 from edgesam_deploy.distill.data import Sample, Settings, Source, draw, draw_shapes, load_sources
+from edgesam_deploy.distill.training import keep_lab_scales
 from edgesam_deploy.errors import CheckpointError, InputError
 from edgesam_deploy.files import sha256_file, writing
 from edgesam_deploy.models import build_model
@@ -39,8 +40,6 @@ log = logging.getLogger("edgesam_deploy.distill")
 
 # N, tokens of a prompt, and how often a step uses it. 2: boxes and single clicks; more: box with clicks, or clicks.
 TOKENS = {2: 0.82, 3: 0.1, 4: 0.05, 6: 0.03}
-# LAB scales near 0 or below lose their channel in INT8.
-MIN_LAB_SCALE = 0.05
 MAX_VARIANCE = 4096.0
 # PyTorch's 0.1 remembers some 40 views of 4 a step: too few for the statistics that the deployed model keeps.
 NORM_MOMENTUM = 0.02
@@ -262,9 +261,7 @@ class Trainer:
 
     @torch.no_grad()
     def _finish_step(self) -> None:
-        for name, parameter in self.sam.named_parameters():
-            if name.endswith("lab.scale"):
-                parameter.clamp_(min=MIN_LAB_SCALE)
+        keep_lab_scales(self.sam)
         # A young average forgets its start faster.
         weight = 1 - min(self.options.average, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.sam.parameters()), weight)

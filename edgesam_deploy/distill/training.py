@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,11 +28,13 @@ from edgesam_deploy.distill.objectives import Objective
 from edgesam_deploy.distill.options import DistillOptions
 from edgesam_deploy.distill.samples import Pairs, Steps
 from edgesam_deploy.distill.teacher import Teacher
-from edgesam_deploy.errors import CheckpointError
+from edgesam_deploy.errors import CheckpointError, EdgeSAMError
 from edgesam_deploy.files import writing
 
 # PyTorch's default, 0.1, lets batch statistics of small batches jump about.
 NORM_MOMENTUM = 0.03
+# HGNetV2's LAB scales near 0 or below lose their channel in INT8.
+MIN_LAB_SCALE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,7 @@ class Run:
 
     @torch.no_grad()
     def _average(self) -> None:
+        keep_lab_scales(self.model)
         # A young average forgets its start faster.
         weight = 1 - min(self.options.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), weight)
@@ -208,7 +211,7 @@ def train(
     sampler = Steps(images, run.options, run.step, run.total, world.rank, world.size)
     loader = DataLoader(pairs, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda")
     teach = _teach(teacher, pairs.cache is not None, world.device)
-    for batches in _grouped(iter(loader), run.options.accumulate):
+    for batches in _grouped(_loaded(loader), run.options.accumulate):
         result = run.update(batches, teach)
         now = time.monotonic()
         run.seconds = spent + now - started
@@ -221,6 +224,22 @@ def train(
         if over and not last:
             return False
     return True
+
+
+@torch.no_grad()
+def keep_lab_scales(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("lab.scale"):
+            parameter.clamp_(min=MIN_LAB_SCALE)
+
+
+def _loaded(loader: Iterable[Any]) -> Iterator[Any]:
+    """What loads. A loader process's error comes with its traceback in its message: the line that it began as."""
+    try:
+        yield from loader
+    except EdgeSAMError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise type(error)(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
 
 
 def _grouped(items: Iterator[Any], count: int) -> Iterator[list[Any]]:

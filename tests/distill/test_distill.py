@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,6 +205,20 @@ def test_wrong_requests_end_in_one_line(
     assert result.exit_code == code, result.output
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_from_any_process(words: list[str], tmp_path: Path, workers: int) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        Image.new("RGB", (40, 30), (50 * number, 9, 9)).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "2.png").write_bytes(b"no image")
+    words[words.index("--images") + 1] = str(tmp_path / "images")
+    result = run(*words, "--on-the-fly", "--workers", workers, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert re.fullmatch(r"error: \S+/images/2\.png is not a readable image: .*", lines[0])
 
 
 def test_another_runs_state_is_refused(words: list[str], tmp_path: Path) -> None:
