@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -38,10 +39,13 @@ def test_a_tar_file_is_read_where_it_lies(photographs: Path, archive: Path) -> N
         assert np.array_equal(folder.read(i), want)
 
 
-def test_roots_follow_each_other_and_folders_are_searched_to_the_bottom(photographs: Path, archive: Path) -> None:
-    both = Corpus([photographs.parent, archive])
+def test_roots_follow_each_other_and_folders_are_searched_to_the_bottom(
+    photographs: Path, archive: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photographs, tmp_path / "all" / "deep" / "below")
+    both = Corpus([tmp_path / "all", archive])
     assert len(both) == 2 * len(Corpus([archive]))
-    assert both.name(0).startswith(f"{photographs.name}/")
+    assert both.name(0).startswith("deep/below/")
     assert np.array_equal(both.read(0), both.read(len(both) // 2))
     assert both.digest() != Corpus([archive]).digest()
 
