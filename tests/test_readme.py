@@ -31,12 +31,12 @@ SEARCHES = [
     for line in block.splitlines()
     if re.match(r"sam-export (search|build .*--search)", line)
 ]
-DISTILLATIONS = [
+TRAININGS = [
     line.partition("#")[0].strip()
     for language, block in BLOCKS
     if language == "text"
     for line in block.splitlines()
-    if line.startswith("sam-export distill")
+    if line.startswith(("sam-export distill", "sam-export finetune"))
 ]
 PHOTO = ROOT / "edgesam_deploy" / "assets" / "photos" / "verify" / "duck.jpg"
 
@@ -62,10 +62,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def _instances(hw: tuple[int, ...]) -> dict[str, list[dict[str, object]]]:
-    image = {"id": 1, "file_name": "000000000001.jpg", "height": hw[0], "width": hw[1]}
+def _instances(hw: tuple[int, ...], number: int = 1) -> dict[str, list[dict[str, object]]]:
+    image = {"id": number, "file_name": f"{number:012d}.jpg", "height": hw[0], "width": hw[1]}
     square = [100.0, 100.0, 300.0, 100.0, 300.0, 300.0, 100.0, 300.0]
-    annotation = {"id": 1, "image_id": 1, "iscrowd": 0, "area": 4e4, "bbox": [100, 100, 200, 200]}
+    annotation = {"id": number, "image_id": number, "iscrowd": 0, "area": 4e4, "bbox": [100, 100, 200, 200]}
     return {"images": [image], "annotations": [{**annotation, "segmentation": [square]}]}
 
 
@@ -108,31 +108,35 @@ def test_search_runs_on_a_tiny_model(
     assert re.search(r"mask IoU|keep fp", result.output)
 
 
-@pytest.mark.parametrize("command", DISTILLATIONS, ids=["distill"])
-def test_distillation_runs_on_tiny_models(command: str, tiny_recipe: Path, tmp_path: Path) -> None:
-    """As the README has it but for student, teacher and images."""
+def test_trainings_run_on_tiny_models(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README has them, one from the other's result, but for student, teacher and images."""
     import tarfile
 
     from click.testing import CliRunner
 
     from edgesam_deploy.cli import main
+    from edgesam_deploy.images import read_image
 
-    (tmp_path / "photos").mkdir()
-    for number in range(3):
-        shutil.copyfile(PHOTO, tmp_path / "photos" / f"{number}.jpg")
-    with tarfile.open(tmp_path / "sa_000000.tar", "w") as archive:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "train2017"):
+        Path(folder).mkdir()
+        for number in range(3):
+            shutil.copyfile(PHOTO, Path(folder) / f"{number:012d}.jpg")
+    with tarfile.open("sa_000000.tar", "w") as archive:
         archive.add(PHOTO, PHOTO.name)
-    words = shlex.split(command)[1:]
-    assert words[1] == "student_resnet18"
-    words[1] = str(tiny_recipe)
-    assert words[words.index("--teacher") + 1] == "mobile_sam"
-    words[words.index("--teacher") + 1] = str(tiny_recipe)
-    words = [str(tmp_path / w) if w in ("photos/", "sa_000000.tar", "run") else w for w in words]
+    parts = [_instances(read_image(PHOTO).shape[:2], number) for number in range(3)]
+    together = {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
+    Path("instances_train2017.json").write_text(json.dumps(together), encoding="utf-8")
     weights = ROOT / "edgesam_deploy" / "assets" / "reference.pt"
-    result = CliRunner().invoke(main, [*words, "--checkpoint", str(weights), "--epochs", "1", "--batch", "1"])
-    assert result.exit_code == 0, result.output
-    assert f"build it: sam-export build {tiny_recipe} --checkpoint" in result.output
-    assert (tmp_path / "run" / "student.pt").is_file()
+    for command, name in zip(TRAININGS, ("distill", "finetune"), strict=True):
+        words = [str(tiny_recipe) if w in ("student_resnet18", "mobile_sam") else w for w in shlex.split(command)[1:]]
+        assert (words[0], words.count(str(tiny_recipe))) == (name, 2 if name == "distill" else 1)
+        own = ["--checkpoint", str(weights)] if name == "distill" else ["--held", "1"]
+        result = CliRunner().invoke(main, [*words, *own, "--epochs", "1", "--batch", "1"])
+        assert result.exit_code == 0, result.output
+        output = words[words.index("-o") + 1]
+        assert f"build it: sam-export build {tiny_recipe} --checkpoint {output}/student.pt" in result.output
+        assert Path(output, "student.pt").is_file()
 
 
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])

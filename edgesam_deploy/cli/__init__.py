@@ -22,6 +22,7 @@ COMMANDS = (
     "eval",
     "explain",
     "export",
+    "finetune",
     "models",
     "predict",
     "profile",

@@ -38,6 +38,9 @@ CLICKS = ((0.5, 0.5), (0.3, 0.35), (0.7, 0.35), (0.5, 0.75), (0.3, 0.7), (0.7, 0
 BOXES = ((0.25, 0.25, 0.75, 0.75), (0.1, 0.1, 0.9, 0.9), (0.05, 0.45, 0.5, 0.95), (0.55, 0.1, 0.95, 0.6))
 # In the picture of samples: side of one view, and the colour of masks.
 VIEW, TINT = 256, np.array([30, 144, 255], np.float32)
+SHOWN = (0, 1, len(CLICKS), len(CLICKS) + 1)
+# A photograph, the wanted masks, and those that were found.
+View = tuple[npt.NDArray[np.uint8], Sequence[npt.NDArray[np.bool_]], Sequence[npt.NDArray[np.bool_]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class Judge:
         encoder: Any = encoder_of(student, recipe).eval().to(self.device)
         decoder: Any = architecture(recipe).reference_decoder(copy.deepcopy(student).cpu(), recipe).eval()
         rows: list[tuple[float, float, float, float]] = []
-        drawn: list[npt.NDArray[np.uint8]] = []
+        drawn: list[View] = []
         for number, index in enumerate(self.held):
             image = self.corpus.read(index)
             given = torch.from_numpy(encoder_input(image, recipe.geometry, recipe.pixels)[None]).to(self.device)
@@ -94,10 +97,9 @@ class Judge:
             clicks = len(CLICKS)
             rows.append((float(np.mean(ious[:clicks])), float(np.mean(ious[clicks:])), cosine, difference))
             if number < 4 and samples is not None:
-                drawn.append(_views(image, theirs, mine))
-        if samples is not None and drawn:
-            with writing(samples) as temporary:
-                Image.fromarray(np.concatenate(drawn)).save(temporary, format="PNG")
+                drawn.append((image, [theirs[i] for i in SHOWN], [mine[i] for i in SHOWN]))
+        if samples is not None:
+            draw_views(samples, drawn)
         return Agreement(len(rows), *(float(np.mean(column)) for column in zip(*rows, strict=True)))
 
 
@@ -135,20 +137,22 @@ def prompts(geometry: Geometry, hw: tuple[int, int]) -> list[tuple[npt.NDArray[n
     ]
 
 
-def _views(
-    image: npt.NDArray[np.uint8], theirs: Sequence[npt.NDArray[np.bool_]], mine: Sequence[npt.NDArray[np.bool_]]
-) -> npt.NDArray[np.uint8]:
-    """Two rows for one image: the masks of the first clicks and boxes, the teacher's above and the student's below."""
-    shown = [0, 1, len(CLICKS), len(CLICKS) + 1]
+def draw_views(path: Path, drawn: Sequence[View]) -> None:
+    """A picture of photographs with masks on them: two rows for each, the wanted ones above and the student's below."""
+    if not drawn:
+        return
+    rows = [_row(image, masks) for image, wanted, found in drawn for masks in (wanted, found)]
+    with writing(path) as temporary:
+        Image.fromarray(np.concatenate(rows)).save(temporary, format="PNG")
+
+
+def _row(image: npt.NDArray[np.uint8], masks: Sequence[npt.NDArray[np.bool_]]) -> npt.NDArray[np.uint8]:
     scale = VIEW / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     photo = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-    rows = []
-    for masks in (theirs, mine):
-        row = np.full((VIEW, VIEW * len(shown), 3), 255, np.uint8)
-        for place, number in enumerate(shown):
-            mask = np.asarray(Image.fromarray(masks[number]).resize(size, Image.Resampling.NEAREST))
-            tinted = np.where(mask[..., None], 0.45 * photo + 0.55 * TINT, photo).astype(np.uint8)
-            row[: size[1], place * VIEW : place * VIEW + size[0]] = tinted
-        rows.append(row)
-    return np.concatenate(rows)
+    row = np.full((VIEW, VIEW * len(masks), 3), 255, np.uint8)
+    for place, low in enumerate(masks):
+        mask = np.asarray(Image.fromarray(low).resize(size, Image.Resampling.NEAREST))
+        tinted = np.where(mask[..., None], 0.45 * photo + 0.55 * TINT, photo).astype(np.uint8)
+        row[: size[1], place * VIEW : place * VIEW + size[0]] = tinted
+    return row

@@ -1,8 +1,4 @@
-"""What a student is to get right: the teacher's embeddings, and where asked its masks too.
-
-An objective is a module: images, the teacher's embeddings and ``draw`` (see ``samples.Pairs``) -> (loss, mean cosine of
-embeddings). All of the student that learns is in it, so that PyTorch's DistributedDataParallel can wrap it.
-"""
+"""What a student is to get right of its teacher: the embeddings, and where asked the masks too."""
 
 from __future__ import annotations
 
@@ -29,8 +25,15 @@ def embedding_loss(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
 
 
-class Objective(nn.Module):
-    """student, teacher: whole networks; the teacher's decoder alone is used, and only for prompts in the loop."""
+class TeacherObjective(nn.Module):
+    """Images (B,3,S,S) uint8, the teacher's embeddings (B,C,E,E) float32 and ``draw`` (see ``samples.Pairs``) -> (loss,
+    mean cosine of embeddings). Decoupled, the student's image encoder alone learns, and its mask decoder is the
+    teacher's own, as in MobileSAM (Zhang et al. 2023, arXiv:2306.14289, §3.2) and NanoSAM.
+
+    student, teacher: whole networks; the teacher's decoder alone is used, and only for prompts in the loop.
+    """
+
+    metric = "cosine"
 
     def __init__(
         self, student: nn.Module, recipe: Recipe, teacher: nn.Module, teacher_recipe: Recipe, options: DistillOptions

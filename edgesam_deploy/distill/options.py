@@ -1,4 +1,4 @@
-"""What a distillation run is asked to do. Two runs with the same options, images and teacher give the same weights."""
+"""What a training run is asked to do. Two runs with the same options, images and teacher give the same weights."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ from edgesam_deploy.errors import InputError
 LOSSES = ("huber", "l1", "mse", "cosine")
 OPTIMIZERS = ("adamw", "sgd")
 AMP = ("off", "bf16", "fp16")
+LEARNERS = ("all", "encoder", "decoder")
 
 
 @dataclass(frozen=True, slots=True)
-class DistillOptions:
+class TrainOptions:
     """epochs: passes over the images. batch: images per process and micro-step; accumulate: micro-steps per update, so
     that one update sees batch x accumulate x processes images. lr: peak learning rate; warmup: updates it takes to
-    reach it; final: its share at the end of the half cosine. loss: of student against teacher embeddings. ema: weight
-    of the past in the running average of weights, which is what is validated and written. amp: autocast type.
-    colours: share of images whose colours are changed for the student alone. views: share of images shown as a random
-    crop or mirrored, to both; needs a teacher beside, on the fly. freeze_norm: batch statistics stay as they are.
-    held: images kept out for validation.
-
-    rounds: of prompts, 0 to learn embeddings alone (``prompt_loop``); prompts: per image; embedding_weight: of the
-    embedding loss beside that of masks; decoder_learns: the mask decoder too, not the encoder alone.
+    reach it; final: its share at the end of the half cosine. ema: weight of the past in the running average of
+    weights, which is what is validated and written. amp: autocast type. freeze_norm: batch statistics stay as they
+    are. held: images kept out for validation. prompts: per image.
     """
 
     epochs: float = 10.0
@@ -34,38 +30,88 @@ class DistillOptions:
     final: float = 0.01
     weight_decay: float = 0.02
     optimizer: str = "adamw"
-    loss: str = "huber"
     ema: float = 0.999
     clip: float = 1.0
     amp: str = "off"
-    colours: float = 0.0
-    views: float = 0.0
     freeze_norm: bool = False
     held: int = 32
     seed: int = 0
-    rounds: int = 0
     prompts: int = 8
+
+    def __post_init__(self) -> None:
+        self.require_known("optimizer", OPTIMIZERS)
+        self.require_known("amp", AMP)
+        for name in ("batch", "accumulate", "prompts"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("epochs", "lr", "clip"):
+            self.require(0 < getattr(self, name) < float("inf"), name, "a finite number above 0")
+        self.require_shares("final", "ema")
+        self.require_finite("warmup", "held", "weight_decay", "seed")
+
+    def require(self, holds: bool, name: str, what: str) -> None:
+        """Raises InputError that names the option, unless it holds."""
+        if not holds:
+            raise InputError(f"{name} must be {what}, got {getattr(self, name)}")
+
+    def require_known(self, name: str, known: tuple[str, ...]) -> None:
+        if getattr(self, name) not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def require_shares(self, *names: str) -> None:
+        for name in names:
+            self.require(0 <= getattr(self, name) <= 1, name, "in 0..1")
+
+    def require_finite(self, *names: str) -> None:
+        for name in names:
+            self.require(0 <= getattr(self, name) < float("inf"), name, "0 or more")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class DistillOptions(TrainOptions):
+    """loss: of student against teacher embeddings. colours: share of images whose colours are changed for the student
+    alone. views: share of images shown as a random crop or mirrored, to both; needs a teacher beside, on the fly.
+
+    rounds: of prompts, 0 to learn embeddings alone (``prompt_loop``); embedding_weight: of the embedding loss beside
+    that of masks; decoder_learns: the mask decoder too, not the encoder alone.
+    """
+
+    loss: str = "huber"
+    colours: float = 0.0
+    views: float = 0.0
+    rounds: int = 0
     embedding_weight: float = 1.0
     decoder_learns: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("amp", AMP)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("batch", "accumulate", "prompts"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("epochs", "lr", "clip"):
-            self._require(0 < getattr(self, name) < float("inf"), name, "a finite number above 0")
-        for name in ("final", "ema", "colours", "views"):
-            self._require(0 <= getattr(self, name) <= 1, name, "in 0..1")
-        for name in ("warmup", "held", "weight_decay", "seed", "rounds", "embedding_weight"):
-            self._require(0 <= getattr(self, name) < float("inf"), name, "0 or more")
+        TrainOptions.__post_init__(self)  # super() does not know a class with slots
+        self.require_known("loss", LOSSES)
+        self.require_shares("colours", "views")
+        self.require_finite("rounds", "embedding_weight")
         if self.decoder_learns and not self.rounds:
             raise InputError("the decoder learns from masks: give rounds of prompts, too, or leave it as it is")
 
-    def _require(self, holds: bool, name: str, what: str) -> None:
-        if not holds:
-            raise InputError(f"{name} must be {what}, got {getattr(self, name)}")
 
-    def as_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+@dataclass(frozen=True, slots=True)
+class FinetuneOptions(TrainOptions):
+    """learn: what of the network does. image_size: of the views, 0 for the recipe's; a curriculum begins small.
+
+    flat, paste, fit, box: see ``views.Settings``. shapes: share of micro-steps in which the decoder alone learns boxes
+    from ellipses.
+    """
+
+    learn: str = "all"
+    image_size: int = 0
+    flat: float = 0.2
+    paste: float = 0.2
+    fit: float = 0.5
+    box: float = 0.65
+    shapes: float = 0.2
+
+    def __post_init__(self) -> None:
+        TrainOptions.__post_init__(self)
+        self.require_known("learn", LEARNERS)
+        self.require_shares("flat", "paste", "fit", "box", "shapes")
+        self.require_finite("image_size")

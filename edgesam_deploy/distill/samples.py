@@ -18,11 +18,13 @@ from torch.utils.data import Dataset, Sampler
 from edgesam_deploy.contract import Geometry
 from edgesam_deploy.distill.cache import TeacherCache
 from edgesam_deploy.distill.corpus import Corpus
-from edgesam_deploy.distill.options import DistillOptions
+from edgesam_deploy.distill.options import DistillOptions, TrainOptions
 from edgesam_deploy.distill.teacher import encoder_input
 from edgesam_deploy.recipe import Pixels
 
 UInt8 = npt.NDArray[np.uint8]
+# (epoch, image, micro-step of the run): the images of a micro-step share what depends on the last alone.
+Key = tuple[int, int, int]
 # Smallest side of a random view, as a share of the picture's.
 SMALLEST_VIEW = 0.4
 
@@ -36,17 +38,17 @@ class Frame:
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """(epoch, image) -> the student's input (3,S,S) uint8; the teacher's embedding (C,E,E) float16 from its cache, or
-    without one the teacher's input of the same view (3,S',S') uint8; and (3,) int64, what prompts are drawn with:
-    height and width of the view, and a random number."""
+    """(epoch, image, micro-step) -> the student's input (3,S,S) uint8; the teacher's embedding (C,E,E) float16 from its
+    cache, or without one the teacher's input of the same view (3,S',S') uint8; and (3,) int64, what prompts are drawn
+    with: height and width of the view, and a random number."""
 
     def __init__(
         self, corpus: Corpus, student: Frame, teacher: Frame, options: DistillOptions, cache: TeacherCache | None
     ) -> None:
         self.corpus, self.student, self.teacher, self.options, self.cache = corpus, student, teacher, options, cache
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        epoch, index = key
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, Tensor]:
+        epoch, index, _ = key
         rng = np.random.default_rng((self.options.seed, epoch, index))
         image = self.corpus.read(index)
         if rng.random() < self.options.views:
@@ -59,11 +61,11 @@ class Pairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return first, torch.from_numpy(encoder_input(image, self.teacher.geometry, self.teacher.pixels)), draw
 
 
-class Steps(Sampler[list[tuple[int, int]]]):
-    """The (epoch, image) of every micro-step of one process, from ``start`` (in updates) to ``stop``."""
+class Steps(Sampler[list[Key]]):
+    """The keys of every micro-step of one process, from ``start`` (in updates) to ``stop``."""
 
     def __init__(
-        self, images: npt.NDArray[np.int64], options: DistillOptions, start: int, stop: int, rank: int, world: int
+        self, images: npt.NDArray[np.int64], options: TrainOptions, start: int, stop: int, rank: int, world: int
     ) -> None:
         self.images, self.options = images, options
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
@@ -71,7 +73,7 @@ class Steps(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return (self.stop - self.start) * self.options.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         batch, known = self.options.batch, (-1, self.images)
         for micro in range(self.start * self.options.accumulate, self.stop * self.options.accumulate):
             first = (micro * self.world + self.rank) * batch
@@ -80,7 +82,7 @@ class Steps(Sampler[list[tuple[int, int]]]):
                 epoch, place = divmod(position, len(self.images))
                 if known[0] != epoch:
                     known = epoch, np.random.default_rng((self.options.seed, epoch)).permutation(self.images)
-                keys.append((epoch, int(known[1][place])))
+                keys.append((epoch, int(known[1][place]), micro))
             yield keys
 
 
@@ -90,7 +92,7 @@ def split(count: int, held: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.
     return np.setdiff1d(np.arange(count, dtype=np.int64), held_out), held_out
 
 
-def updates(images: int, options: DistillOptions, world: int) -> int:
+def updates(images: int, options: TrainOptions, world: int) -> int:
     """How many updates a run takes."""
     return max(1, round(options.epochs * images / (options.batch * options.accumulate * world)))
 

@@ -1,63 +1,77 @@
-"""The updates of a distillation, and the state between them.
+"""The updates of a training run, and the state between them.
 
-Decoupled, the student's image encoder alone learns, and its mask decoder is the teacher's own, as in MobileSAM (Zhang
-et al. 2023, arXiv:2306.14289, §3.2) and NanoSAM; ``objectives`` says what else there is to learn. A run is a function
-of its options, images and teacher: killed at any moment and started again, it ends with the very weights of a run that
-was not (on the CPU, with the same threads and number of processes).
+A run is a function of its options, images and teacher: killed at any moment and started again, it ends with the very
+weights of a run that was not (on the CPU, with the same threads and number of processes).
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from threading import Event, current_thread, main_thread
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from edgesam_deploy.distill.distributed import World
-from edgesam_deploy.distill.objectives import Objective
-from edgesam_deploy.distill.options import DistillOptions
-from edgesam_deploy.distill.samples import Pairs, Steps
-from edgesam_deploy.distill.teacher import Teacher
+from edgesam_deploy.distill.options import TrainOptions
+from edgesam_deploy.distill.samples import Steps
 from edgesam_deploy.errors import CheckpointError, EdgeSAMError
 from edgesam_deploy.files import writing
 
-# PyTorch's default, 0.1, lets batch statistics of small batches jump about.
-NORM_MOMENTUM = 0.03
+# PyTorch's 0.1 remembers some 40 views of 4 a step: too few for the statistics that the deployed model keeps.
+NORM_MOMENTUM = 0.02
 # HGNetV2's LAB scales near 0 or below lose their channel in INT8.
 MIN_LAB_SCALE = 0.05
 
 
+# What a data loader gives for one micro-step, and the same as an objective takes it.
+Batch = Sequence[Tensor]
+Prepare = Callable[[Batch], Batch]
+
+
+class Objective(Protocol):
+    """A module: a prepared batch -> (loss, metric), two scalars. All that learns is in it, so that PyTorch's
+    DistributedDataParallel can wrap it. metric: the second one's name."""
+
+    metric: str
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One update. cosine: mean over positions of the cosine between student and teacher embeddings."""
+    """One update. metric: what the objective calls so: higher is better."""
 
     step: int
     loss: float
-    cosine: float
+    metric: float
     rate: float
     grad_norm: float
 
 
 @dataclass
 class Run:
-    """Student, running average, optimizer and place in the run. model: the student's whole network."""
+    """Network, running average, optimizer and place in the run. learners: the parts of ``model`` that learn; sparing:
+    whether an update may leave some of their parameters without a gradient."""
 
     model: nn.Module
-    objective: Objective
-    options: DistillOptions
+    learners: Sequence[nn.Module]
+    objective: nn.Module
+    options: TrainOptions
     total: int
     world: World
     identity: str
+    sparing: bool = False
     step: int = 0
     seconds: float = 0.0
 
@@ -66,7 +80,7 @@ class Run:
         self.model.to(self.world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.objective.to(self.world.device)
         self.model.requires_grad_(False)
-        for part in self._learners():
+        for part in self.learners:
             part.requires_grad_(True)
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.average = copy.deepcopy(self.model).eval()
@@ -81,12 +95,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
         self.parallel: nn.Module = self.objective
         if self.world.size > 1:
-            # Not every candidate of the decoder is asked for in every update.
-            self.parallel = DistributedDataParallel(self.objective, find_unused_parameters=self.options.decoder_learns)
-
-    def _learners(self) -> list[nn.Module]:
-        names = ("image_encoder", "mask_decoder") if self.options.decoder_learns else ("image_encoder",)
-        return [cast(nn.Module, getattr(self.model, name)) for name in names]
+            self.parallel = DistributedDataParallel(self.objective, find_unused_parameters=self.sparing)
 
     def rate(self) -> float:
         """Learning rate of this update: linear warm-up, then half a cosine."""
@@ -95,32 +104,29 @@ class Run:
         cosine = o.final + (1 - o.final) * 0.5 * (1 + math.cos(math.pi * done))
         return o.lr * min(1.0, (self.step + 1) / max(1, o.warmup)) * cosine
 
-    def update(self, batches: list[tuple[Tensor, Tensor, Tensor]], teach: Callable[[Tensor], Tensor]) -> StepResult:
-        """One update from ``accumulate`` batches. teach: the second half of a batch -> embeddings, float32.
-
-        Raises CheckpointError for a loss that is not finite.
-        """
+    def update(self, batches: Sequence[Batch], prepare: Prepare) -> StepResult:
+        """One update from ``accumulate`` batches. Raises CheckpointError for a loss that is not finite."""
         self._train_mode()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         self.optimizer.zero_grad(set_to_none=True)
         sums = [0.0, 0.0]
-        for number, (images, targets, draw) in enumerate(batches):
-            wanted = teach(targets)
+        for number, batch in enumerate(batches):
+            given = prepare(batch)
             # Gradients are exchanged once an update, with the last batch.
             with self._exchange(number == len(batches) - 1):
-                loss, agreed = self.parallel(images.to(self.world.device, non_blocking=True), wanted, draw)
+                loss, metric = self.parallel(*given)
                 self.scaler.scale(loss / len(batches)).backward()
             sums[0] += loss.item() / len(batches)
-            sums[1] += agreed.item() / len(batches)
-        loss_value, cosine = self.world.mean(sums)
+            sums[1] += metric.item() / len(batches)
+        loss_value, metric_value = self.world.mean(sums)
         if not math.isfinite(loss_value):
             raise CheckpointError(f"the loss is {loss_value} at step {self.step}: start again with a lower --lr")
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.options.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        result = StepResult(self.step, loss_value, cosine, self.rate(), float(norm))
+        result = StepResult(self.step, loss_value, metric_value, self.rate(), float(norm))
         self._average()
         self.step += 1
         return result
@@ -162,7 +168,7 @@ class Run:
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
     def _train_mode(self) -> None:
-        for part in self._learners():
+        for part in self.learners:
             part.train()
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -194,9 +200,9 @@ class Pause:
 
 def train(
     run: Run,
-    pairs: Pairs,
+    samples: Dataset[Any],
     images: npt.NDArray[np.int64],
-    teacher: Teacher,
+    prepare: Prepare,
     state: Path,
     pause: Pause,
     workers: int,
@@ -204,26 +210,61 @@ def train(
 ) -> bool:
     """Update until the run is at its end (True) or at its time limit (False); its state is then in ``state``.
 
-    after: called with every update's result, by every process.
+    So it is when the process is asked to stop (Ctrl-C, SIGTERM): KeyboardInterrupt comes after the update that was
+    under way.
+
+    samples: by the keys of ``samples.Steps``; images: their numbers. after: called with every update's result, by
+    every process.
     """
     world, started, spent = run.world, time.monotonic(), run.seconds
     saved = started
     sampler = Steps(images, run.options, run.step, run.total, world.rank, world.size)
-    loader = DataLoader(pairs, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda")
-    teach = _teach(teacher, pairs.cache is not None, world.device)
-    for batches in _grouped(_loaded(loader), run.options.accumulate):
-        result = run.update(batches, teach)
-        now = time.monotonic()
-        run.seconds = spent + now - started
-        over = world.any(pause.limit is not None and now - started >= pause.limit)
-        last = run.step == run.total
-        if world.first and (last or over or now - saved >= pause.seconds):
-            run.save(state)
-            saved = time.monotonic()
-        after(result)
-        if over and not last:
-            return False
+    loader = DataLoader(
+        samples, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
+        worker_init_fn=_let_the_first_decide,
+    )  # fmt: skip
+    with _asked_to_stop() as asked:
+        for batches in _grouped(_loaded(loader), run.options.accumulate):
+            result = run.update(batches, prepare)
+            now = time.monotonic()
+            run.seconds = spent + now - started
+            stopped = world.any(asked.is_set())
+            over = stopped or world.any(pause.limit is not None and now - started >= pause.limit)
+            last = run.step == run.total
+            if world.first and (last or over or now - saved >= pause.seconds):
+                run.save(state)
+                saved = time.monotonic()
+            after(result)
+            if stopped and not last:
+                raise KeyboardInterrupt
+            if over and not last:
+                return False
     return True
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Event]:
+    """Set by Ctrl-C and SIGTERM, which within otherwise do nothing; a second one ends the process as ever."""
+    asked, before = Event(), dict[int, Any]()
+
+    def note(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(number, before[number])
+
+    if current_thread() is main_thread():  # Python takes handlers from no other
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _let_the_first_decide(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; loaders end with the process they load for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -249,9 +290,3 @@ def _grouped(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
         if len(group) == count:
             yield group
             group = []
-
-
-def _teach(teacher: Teacher, cached: bool, device: torch.device) -> Callable[[Tensor], Tensor]:
-    if cached:
-        return lambda targets: targets.to(device, non_blocking=True).float()
-    return lambda targets: torch.from_numpy(teacher.embed(targets.numpy())).to(device)

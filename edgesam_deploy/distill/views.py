@@ -1,16 +1,12 @@
-"""Training samples for promptable segmentation, made on the fly from small folders of images and label maps.
+"""Training views for promptable segmentation: a random part of an image, prompts, and the masks they mean.
 
-Every source is an image and one or more *layers*: uint8 label maps (H,W) in which 0 is "no target" and every other
-value is one region. A sample is a random view of a source at the model's size, P prompts and their target masks.
-All randomness comes from the generator that is passed in.
+Regions come from the label maps of ``labelled.Source``. All randomness comes from the generator that is passed in.
 """
 
 from __future__ import annotations
 
-import json
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,25 +19,14 @@ from edgesam_deploy.contract import (
     LABEL_FOREGROUND,
     LABEL_PADDING,
 )
+from edgesam_deploy.distill.labelled import MAX_LABEL, Source
 from edgesam_deploy.errors import InputError
-from edgesam_deploy.images import read_image
-from edgesam_deploy.masks import decode_segmentation, tight_box
+from edgesam_deploy.masks import tight_box
 
-log = logging.getLogger(__name__)
-
-MAX_LABEL = 255
+# Views of one image without a region large enough to learn, before another image is taken; and in all.
+SAME_IMAGE, ATTEMPTS = 4, 400
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """image: RGB, (W,H) as Pillow counts. layers: label maps of the same size, mode L. pack: where it is from."""
-
-    name: str
-    pack: str
-    image: Image.Image
-    layers: tuple[Image.Image, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,77 +61,29 @@ class Sample:
     targets: Float32
 
 
-def load_sources(root: Path) -> list[Source]:
-    """The train splits of the packs under ``root``: bsds500 (train and val, with sod-masks/train), coco-subset, ecssd.
+def draw(
+    rng: np.random.Generator, source: Source, another: Callable[[], Source], settings: Settings, points: int
+) -> Sample:
+    """One random sample of ``source``; ``points`` is N, the tokens of each prompt: 2 means boxes and single clicks.
 
-    Raises InputError where a pack is missing.
+    another: gives a source at random, to paste objects of, and where this one shows nothing to learn. Raises InputError
+    where none does.
     """
-    sources = _load_bsds(root, "train") + _load_bsds(root, "val") + _load_coco(root) + _load_ecssd(root)
-    for pack in ("bsds500", "coco-subset", "ecssd"):
-        if not any(s.pack == pack for s in sources):
-            raise InputError(f"expected the pack '{pack}' with its train split under {root}, found no image of it")
-    log.info("loaded %d images, %d label maps", len(sources), sum(len(s.layers) for s in sources))
-    return sources
-
-
-def _load_bsds(root: Path, split: str) -> list[Source]:
-    sources = []
-    for path in sorted((root / "bsds500" / split).glob("*.jpg")):
-        maps = [Image.open(p).convert("L") for p in sorted(path.parent.glob(f"{path.stem}.seg*.png"))]
-        # Only the train part of sod-masks: its val masks are an evaluation split.
-        salient = root / "sod-masks" / "train" / f"{path.stem}.png"
-        if salient.is_file():
-            maps.append(_binary(salient))
-        sources.append(Source(path.stem, "bsds500", _photograph(path), tuple(maps)))
-    return sources
-
-
-def _load_ecssd(root: Path) -> list[Source]:
-    return [
-        Source(p.stem, "ecssd", _photograph(p), (_binary(p.with_suffix(".png")),))
-        for p in sorted((root / "ecssd" / "train").glob("*.jpg"))
-    ]
-
-
-def _photograph(path: Path) -> Image.Image:
-    return Image.fromarray(read_image(path))
-
-
-def _binary(path: Path) -> Image.Image:
-    return Image.open(path).convert("L").point([0] * 128 + [1] * 128)
-
-
-def _load_coco(root: Path) -> list[Source]:
-    """One label map per image: stuff first, then things from large to small, so that small ones stay whole."""
-    folder = root / "coco-subset"
-    if not (folder / "instances_train.json").is_file():
-        return []
-    kinds = [json.loads((folder / f"{kind}_train.json").read_text("utf-8")) for kind in ("stuff", "instances")]
-    sources = []
-    for info in sorted(kinds[1]["images"], key=lambda i: i["id"]):
-        labels = np.zeros((info["height"], info["width"]), np.uint8)
-        layers = [[a for a in kind["annotations"] if a["image_id"] == info["id"]] for kind in kinds]
-        order = [a for anns in layers for a in sorted(anns, key=lambda a: -a["area"]) if not a.get("iscrowd")]
-        for label, annotation in enumerate(order[:MAX_LABEL], start=1):
-            labels[decode_segmentation(annotation["segmentation"], info["height"], info["width"])] = label
-        image = _photograph(folder / info["file_name"])
-        sources.append(Source(str(info["id"]), "coco-subset", image, (Image.fromarray(labels),)))
-    return sources
-
-
-def draw(rng: np.random.Generator, sources: list[Source], settings: Settings, points: int) -> Sample:
-    """One random sample; ``points`` is N, the tokens of each prompt: 2 means boxes and single clicks."""
-    while True:
-        source = sources[_pick_pack(rng, sources)]
-        image, labels = _view(rng, source, settings)
+    for attempt in range(ATTEMPTS):
+        image, labels = _view(rng, source if attempt < SAME_IMAGE else another(), settings)
         if rng.random() < settings.paste:
-            _paste(rng, image, labels, sources[_pick_pack(rng, sources)], settings)
+            _paste(rng, image, labels, another(), settings)
         if rng.random() < settings.flat:
             image = _paint(rng, image, labels)
         found, areas = np.unique(labels, return_counts=True)
         keep = (found > 0) & (areas >= 3 * (settings.size // settings.mask_size) ** 2)
         if keep.any():
             break
+    else:
+        raise InputError(
+            f"{ATTEMPTS} views of the images show no region of 3 pixels of the low-resolution mask: give images with "
+            "larger masks, or a larger --image-size"
+        )
     # Every region about equally often, however large.
     chosen = np.resize(rng.permutation(found[keep]), settings.prompts).tolist()
     masks = {k: labels == k for k in set(chosen)}
@@ -160,13 +97,13 @@ def draw(rng: np.random.Generator, sources: list[Source], settings: Settings, po
     )
 
 
-def draw_shapes(rng: np.random.Generator, sources: list[Source], settings: Settings) -> Sample:
+def draw_shapes(rng: np.random.Generator, source: Source, settings: Settings) -> Sample:
     """A view with random boxes, the targets being the ellipses in them, whatever the image shows.
 
     What a box means is learned from these in minutes; from photographs alone it takes hours.
     """
     size, step = settings.size, settings.size // settings.mask_size
-    image, _ = _view(rng, sources[_pick_pack(rng, sources)], settings)
+    image, _ = _view(rng, source, settings)
     sides = np.exp(rng.uniform(np.log(1.5 * step), np.log(0.95 * size), (settings.prompts, 1)))
     sides = np.clip(sides * np.exp(rng.normal(0, 0.4, (settings.prompts, 2))), step, size)
     low = rng.uniform(0, 1, (settings.prompts, 2)) * (size - sides)
@@ -179,12 +116,6 @@ def draw_shapes(rng: np.random.Generator, sources: list[Source], settings: Setti
     corners = np.stack([low, low + sides], axis=1)[keep].astype(np.float32)
     labels = np.tile(np.array([LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT], np.float32), (settings.prompts, 1))
     return Sample(_change_colours(rng, image), corners, labels, targets[keep].astype(np.float32))
-
-
-def _pick_pack(rng: np.random.Generator, sources: list[Source]) -> int:
-    """An index, COCO images twice as likely: they hold the small objects and the most masks."""
-    weights = np.array([2.0 if s.pack == "coco-subset" else 1.0 for s in sources])
-    return int(rng.choice(len(sources), p=weights / weights.sum()))
 
 
 def _view(rng: np.random.Generator, source: Source, settings: Settings) -> tuple[UInt8, UInt8]:
@@ -204,7 +135,7 @@ def _view(rng: np.random.Generator, source: Source, settings: Settings) -> tuple
         elif not fit:
             paste[axis] = int(rng.integers(0, size - scaled + 1))
     window = (box[0], box[1], box[2], box[3])
-    layer = source.layers[rng.integers(len(source.layers))]
+    layer = source.layers[rng.integers(len(source.layers))] if source.layers else Image.new("L", source.image.size)
     region = np.s_[paste[1] : paste[1] + target[1], paste[0] : paste[0] + target[0]]
     image = np.empty((size, size, 3), np.uint8)
     image[:] = settings.padding

@@ -1,0 +1,253 @@
+"""One fine-tuning from a checkpoint and images with true masks to a better checkpoint: views, updates, validation.
+
+What lies in the folder: ``records``. A curriculum is several runs, each from the last one's student.pt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from edgesam_deploy.contract import MASK_UPSCALE
+from edgesam_deploy.distill.agreement import View, draw_views
+from edgesam_deploy.distill.distributed import World
+from edgesam_deploy.distill.labelled import Labelled, Source
+from edgesam_deploy.distill.options import FinetuneOptions
+from edgesam_deploy.distill.records import STUDENT, Book, Listener, Records, nothing
+from edgesam_deploy.distill.samples import Key, updates
+from edgesam_deploy.distill.training import Batch, Prepare, Run, train
+from edgesam_deploy.distill.truth_objective import TruthObjective
+from edgesam_deploy.distill.views import Sample, Settings, draw, draw_shapes
+from edgesam_deploy.errors import InputError
+from edgesam_deploy.files import sha256_file
+from edgesam_deploy.masks import MASK_THRESHOLD
+from edgesam_deploy.models import build_model
+from edgesam_deploy.models.checkpoint import load_model
+from edgesam_deploy.recipe import Recipe
+
+# N, tokens of a prompt, and how often a micro-step uses it. 2: boxes and single clicks; more: clicks, or both.
+TOKENS = {2: 0.82, 3: 0.1, 4: 0.05, 6: 0.03}
+# Prompts of each kind for an image of the validation, and how many images are drawn.
+VALIDATED, DRAWN = 12, 4
+
+
+@dataclass(frozen=True, slots=True)
+class TruthScore:
+    """Mean IoU of low-resolution masks of held-out images seen whole: boxes, and single clicks (best of three)."""
+
+    images: int
+    click_iou: float
+    box_iou: float
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneJob:
+    """recipe: of the network. init: its first weights, None for random ones."""
+
+    recipe: Recipe
+    images: Labelled
+    options: FinetuneOptions
+    records: Records
+    init: Path | None = None
+
+    @property
+    def size(self) -> int:
+        return self.options.image_size or self.recipe.geometry.image_size
+
+    def __post_init__(self) -> None:
+        stride = self.recipe.geometry.image_size // self.recipe.geometry.embedding_size
+        if self.size % (2 * stride):
+            raise InputError(f"image_size must be a multiple of {2 * stride}, got {self.size}")
+
+    def settings(self) -> Settings:
+        geometry, o = self.recipe.geometry, self.options
+        mask_size = MASK_UPSCALE * self.size * geometry.embedding_size // geometry.image_size
+        return Settings(self.size, mask_size, o.prompts, self.recipe.pixels.padding, o.flat, o.paste, o.fit, o.box)
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneResult:
+    """finished: False where the time limit came first. checkpoint: from an unfinished run too."""
+
+    finished: bool
+    step: int
+    total: int
+    images: int
+    seconds: float
+    held_out: TruthScore
+    checkpoint: Path
+    sha256: str
+
+
+def finetune(job: FinetuneJob, world: World, listener: Listener) -> FinetuneResult:
+    """Run ``job`` to its end or time limit, from where an earlier run in the same folder stopped.
+
+    Raises InputError for images, masks or a network that do not fit, CheckpointError for weights or a state that does
+    not, or a loss that is not finite, OutputError for a result that cannot be written.
+    """
+    torch.manual_seed(job.options.seed)
+    images, held = job.images.split(job.options.held)
+    total = updates(len(images), job.options, world.size)
+    identity = _identity(job, world, total)
+    records, path = job.records, job.records.output / STUDENT
+    if (done := records.finished(identity)) is not None:
+        listener.say(f"{records.output} holds this run, finished")
+        score = TruthScore(**done["held_out"])
+        return FinetuneResult(
+            True, total, total, len(images), float(done["seconds"]), score, path, done["checkpoint_sha256"]
+        )
+    records.make_folder(world)
+    model = load_model(job.recipe, job.init) if job.init is not None else build_model(job.recipe)
+    objective = TruthObjective(model, job.recipe, job.options)
+    _resize(cast(Sam, model), job.size, job.settings().mask_size // MASK_UPSCALE)
+    # Of a prompt's parts only those that are asked for get a gradient.
+    run = Run(model, _learners(cast(Sam, model), job.options.learn), objective, job.options, total, world, identity,
+              sparing=True)  # fmt: skip
+    if records.state.exists():
+        run.resume(records.state)
+        listener.say(f"going on at update {run.step} of {total}")
+    world.wait()
+    book = None
+    if world.first:
+        book = Book(records, run, listener, TruthJudge(job, held, world.device), "held_out")
+        book.begin()
+    finished = run.step == total or train(
+        run, Views(job.images, images, job.options, job.settings()), images, _prepare(world.device), records.state,
+        records.pause, records.workers, book.after if book is not None else nothing,
+    )  # fmt: skip
+    result = FinetuneResult(finished, run.step, total, len(images), run.seconds, TruthScore(0, 0, 0), path, "")
+    if book is not None:
+        out = book.end(finished)
+        result = FinetuneResult(
+            finished, out.step, total, len(images), out.seconds, out.found, out.checkpoint, out.sha256
+        )
+    world.wait()
+    return result
+
+
+class Views(Dataset[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]):
+    """(epoch, image, micro-step) -> what ``TruthObjective`` takes of one image. images: all that may be pasted from."""
+
+    def __init__(
+        self, labelled: Labelled, images: npt.NDArray[np.int64], options: FinetuneOptions, settings: Settings
+    ) -> None:
+        self.labelled, self.images, self.options, self.settings = labelled, images, options, settings
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        epoch, index, micro = key
+        together = np.random.default_rng((self.options.seed, micro))  # alike for all of a batch
+        # Where the decoder does not learn, nothing would.
+        shapes = bool(together.random() < self.options.shapes) and self.options.learn != "encoder"
+        tokens = int(together.choice(list(TOKENS), p=list(TOKENS.values())))
+        rng = np.random.default_rng((self.options.seed, epoch, index))
+        source = self.labelled.load(index)
+        if shapes:
+            return tensors(draw_shapes(rng, source, self.settings), shapes)
+
+        def another() -> Source:
+            return self.labelled.load(int(rng.choice(self.images)))
+
+        return tensors(draw(rng, source, another, self.settings, tokens), shapes)
+
+
+def tensors(sample: Sample, shapes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    image = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
+    fields = (sample.point_coords, sample.point_labels, sample.targets)
+    return image, *(torch.from_numpy(value) for value in fields), torch.tensor(shapes)  # type: ignore[return-value]
+
+
+class TruthJudge:
+    """(network, picture to draw) -> its score on the held-out images, seen whole and unchanged."""
+
+    def __init__(self, job: FinetuneJob, held: npt.NDArray[np.int64], device: torch.device) -> None:
+        self._job, self._device = job, device
+        self._samples: list[list[Sample]] = []
+        for number in held.tolist():
+            source = job.images.load(number)
+            if not source.layers:
+                continue
+            row = []
+            for box in (0.0, 1.0):
+                plain = replace(job.settings(), flat=0.0, paste=0.0, fit=1.0, box=box, prompts=VALIDATED)
+                row.append(draw(np.random.default_rng((7, number)), source, partial(_itself, source), plain, 2))
+            self._samples.append(row)
+
+    @torch.inference_mode()
+    def __call__(self, model: nn.Module, picture: Path) -> TruthScore:
+        objective = TruthObjective(model, self._job.recipe, self._job.options).eval()
+        means: list[list[float]] = []
+        drawn: list[View] = []
+        for row in self._samples:
+            ious, theirs, mine = [], [], []
+            for sample in row:
+                image, coords, labels, targets, _ = (t[None].to(self._device) for t in tensors(sample))
+                masks, scores = objective.answer(image, coords[0], labels[0], encoder_learns=False)
+                single, chosen = answers(masks, scores, labels[0], targets[0])
+                ious.append(chosen.mean().item())
+                theirs += list((targets[0, :2] > 0.5).cpu().numpy())
+                mine += list((single[:2] > MASK_THRESHOLD).cpu().numpy())
+            means.append(ious)
+            if len(drawn) < DRAWN:
+                drawn.append((row[0].image, theirs, mine))
+        draw_views(picture, drawn)
+        click, box = (float(v) for v in np.mean(means, axis=0))
+        return TruthScore(len(means), click, box)
+
+
+def answers(masks: Tensor, scores: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask that a caller would take, (P,m,m) logits: token 0 for a box, the best predicted of the others for a
+    click; and (P,) IoU with the truth, for a click of the best of three."""
+    truth = (targets > 0.5)[:, None]
+    predicted = masks > MASK_THRESHOLD
+    iou = (predicted & truth).sum((2, 3)) / (predicted | truth).sum((2, 3)).clamp_min(1)
+    rows = torch.arange(len(masks), device=masks.device)
+    if bool((labels[:, 0] == 1).all()):  # clicks
+        return masks[rows, 1 + scores[:, 1:].argmax(1)], iou[:, 1:].amax(1)
+    return masks[:, 0], iou[:, 0]
+
+
+def _itself(source: Source) -> Source:
+    return source
+
+
+def _prepare(device: torch.device) -> Prepare:
+    def prepare(batch: Batch) -> Batch:
+        return [value.to(device, non_blocking=True) for value in batch]
+
+    return prepare
+
+
+def _learners(sam: Sam, learn: str) -> Sequence[nn.Module]:
+    decoder = (sam.prompt_encoder, sam.mask_decoder)
+    return {"all": (sam.image_encoder, *decoder), "encoder": (sam.image_encoder,), "decoder": decoder}[learn]
+
+
+def _resize(sam: Sam, size: int, embedding_size: int) -> None:
+    """The weights do not depend on the size; only these do."""
+    sam.prompt_encoder.input_image_size = (size, size)
+    sam.prompt_encoder.image_embedding_size = (embedding_size, embedding_size)
+
+
+def _identity(job: FinetuneJob, world: World, total: int) -> str:
+    what: dict[str, Any] = {
+        "student": job.recipe.name,
+        "student_recipe_sha256": job.recipe.digest,
+        "images": len(job.images),
+        "images_sha256": job.images.digest(),
+        "init_sha256": sha256_file(job.init) if job.init is not None else None,
+        "options": job.options.as_dict(),
+        "updates": total,
+        "processes": world.size,
+    }
+    return json.dumps(what)

@@ -1,0 +1,287 @@
+"""``sam-export finetune`` on a handful of photographs: it learns, stops, goes on to the same bits, writes float16."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+torch = pytest.importorskip("torch", reason="needs the export extra")
+coco_mask = pytest.importorskip("pycocotools.mask", reason="needs the dev extra")
+
+from edgesam_deploy.cli import main
+from edgesam_deploy.distill.finetune import Views
+from edgesam_deploy.distill.half import half_precision
+from edgesam_deploy.distill.labelled import Labelled
+from edgesam_deploy.distill.options import FinetuneOptions
+from edgesam_deploy.distill.truth_objective import TruthObjective, decode, embed_prompts
+from edgesam_deploy.distill.views import Settings
+from edgesam_deploy.errors import CheckpointError
+from edgesam_deploy.masks import tight_box
+from edgesam_deploy.measure.datasets import DatasetOptions, open_dataset
+from edgesam_deploy.models import build_model
+from edgesam_deploy.models.checkpoint import load_model
+from edgesam_deploy.recipe import load_recipe
+
+PHOTOS = sorted((Path(__file__).resolve().parents[2] / "edgesam_deploy" / "assets" / "photos" / "verify").glob("*.jpg"))
+SHORT = ("--batch", 2, "--prompts", 4, "--held", 2, "--warmup", 2, "--threads", 1, "--log-every", 1)
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three layouts of small photographs whose regions are their grey levels."""
+    root = tmp_path_factory.mktemp("labelled")
+    for folder in ("labels", "masks", "images"):
+        (root / folder).mkdir()
+    annotations, images = [], []
+    for index, path in enumerate(PHOTOS):
+        image = Image.open(path).convert("RGB").resize((96, 72))
+        levels = (np.asarray(image.convert("L")) // 64).astype(np.uint8)
+        if index < 4:
+            image.save(root / "labels" / f"{index}.jpg")
+            Image.fromarray(levels + 1).save(root / "labels" / f"{index}.seg0.png")
+            Image.fromarray((levels > 1).astype(np.uint8)).save(root / "labels" / f"{index}.seg1.png")
+        elif index < 6:
+            image.save(root / "masks" / f"{index}.jpg")
+            Image.fromarray((levels > 1).astype(np.uint8) * 255).save(root / "masks" / f"{index}.png")
+        else:
+            image.save(root / "images" / f"{index}.jpg")
+            images.append({"id": index, "file_name": f"{index}.jpg", "height": 72, "width": 96})
+            encoded = coco_mask.encode(np.asfortranarray((levels > 1).astype(np.uint8)))
+            segmentation = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+            box = coco_mask.toBbox(encoded).tolist()
+            annotations.append(
+                {
+                    "id": index,
+                    "image_id": index,
+                    "area": int((levels > 1).sum()),
+                    "iscrowd": 0,
+                    "category_id": 1,
+                    "bbox": box,
+                    "segmentation": segmentation,
+                }
+            )
+    text = json.dumps({"images": images, "annotations": annotations})
+    (root / "instances.json").write_text(text, encoding="utf-8")
+    return [f"labels:{root / 'labels'}", f"masks:{root / 'masks'}", f"coco:{root / 'instances.json'}@{root / 'images'}"]
+
+
+@pytest.fixture
+def words(tiny_recipe: Path, checkpoint: Path, datasets: list[str]) -> list[str]:
+    given = [part for text in datasets for part in ("--dataset", text)]
+    return [str(tiny_recipe), "--init", str(checkpoint), *given, *map(str, SHORT)]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["finetune", *map(str, arguments)], prog_name="sam-export")
+
+
+def answer(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def open_all(datasets: list[str]) -> Labelled:
+    opened = []
+    for text in datasets:
+        where, _, images = text.partition("@")
+        opened.append(open_dataset(where, DatasetOptions(min_share=0, images=Path(images) if images else None)))
+    return Labelled(opened)
+
+
+def mean_loss(recipe: Path, weights: Path, datasets: list[str]) -> float:
+    """Over whole images with prompts that no run has drawn."""
+    options, labelled = FinetuneOptions(shapes=0, prompts=8, seed=99), open_all(datasets)
+    model = load_model(load_recipe(recipe), weights).eval()
+    objective = TruthObjective(model, load_recipe(recipe), options)
+    settings = Settings(128, 32, 8, (123, 116, 103), flat=0, paste=0, fit=1, box=0.65)
+    views = Views(labelled, np.arange(len(labelled)), options, settings)
+    with torch.inference_mode():
+        found = [objective(*(t[None] for t in views[0, i, i]))[0].item() for i in range(len(labelled))]
+    return float(np.mean(found))
+
+
+def test_it_learns_and_writes_what_can_be_loaded(
+    words: list[str], tmp_path: Path, tiny_recipe: Path, checkpoint: Path, datasets: list[str]
+) -> None:
+    before = mean_loss(tiny_recipe, checkpoint, datasets)
+    plain = ("--shapes", 0, "--flat", 0, "--paste", 0, "--fit", 1)
+    found = answer(*words, *plain, "--epochs", 4, "--lr", 1e-4, "--half", "--check-every", 10, "-o", tmp_path)
+    log, checks = rows(tmp_path / "log.csv"), rows(tmp_path / "checks.csv")
+    assert found["finished"] is True
+    assert found["total"] == len(log)
+    assert mean_loss(tiny_recipe, tmp_path / "student.pt", datasets) < 0.95 * before
+    assert float(checks[-1]["box_iou"]) == pytest.approx(found["held_out"]["box_iou"], abs=1e-6)
+    state = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert all(v.dtype == torch.float16 and torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+    assert all(v.min() >= 0.05 for k, v in state.items() if k.endswith("lab.scale"))
+    load_model(load_recipe(tiny_recipe), tmp_path / "student.pt")
+    with Image.open(tmp_path / "samples" / f"step-{found['total']:06d}.png") as picture:
+        assert picture.size == (4 * 256, 2 * 2 * 256)
+
+
+@pytest.mark.parametrize(("learn", "still"), [("decoder", "image_encoder"), ("encoder", "mask_decoder")])
+def test_only_what_is_asked_for_learns(
+    words: list[str], tmp_path: Path, checkpoint: Path, learn: str, still: str
+) -> None:
+    answer(*words, "--epochs", 1, "--freeze-norm", "--learn", learn, "-o", tmp_path)
+    after, before = (torch.load(p, weights_only=True) for p in (tmp_path / "student.pt", checkpoint))
+    same = {k: torch.equal(v, before[k].to(v.dtype)) for k, v in after.items() if not k.endswith("lab.scale")}
+    assert all(equal for k, equal in same.items() if k.startswith(still))
+    assert not all(same.values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_ends_with_the_same_bits(words: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    """Killed, it goes on from the last state that it saved; interrupted, from where it was."""
+    long = [*words, "--epochs", "3"]
+    whole = answer(*long, "-o", tmp_path / "whole")
+    again = [*long, "-o", str(tmp_path / "again")]
+    if number == signal.SIGKILL:
+        again += ["--save-every", "0"]
+    command = [sys.executable, "-m", "edgesam_deploy", "finetune", *again]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        log, deadline = tmp_path / "again" / "log.csv", time.monotonic() + 120
+        while not (log.exists() and len(rows(log)) >= 3):
+            assert process.poll() is None, "it ended before it could be stopped"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(number)
+        errors = process.communicate()[1]
+    assert (tmp_path / "again" / "state.pt").is_file()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "run the same command to go on" in errors
+        assert "Traceback" not in errors
+    done = answer(*again)
+    assert done["sha256"] == whole["sha256"]
+    assert [int(r["step"]) for r in rows(log)] == list(range(1, whole["total"] + 1))
+
+
+def test_two_processes_learn_what_one_learns(words: list[str], tmp_path: Path) -> None:
+    same = [*words, "--optimizer", "sgd", "--freeze-norm", "--lr", "0.01", "--epochs", "2", "--shapes", "0"]
+    answer(*same, "--batch", 2, "-o", tmp_path / "one")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*launcher, "edgesam_deploy", "finetune", *same, "--batch", "1", "-o", str(tmp_path / "two"), "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = ([float(r["loss"]) for r in rows(tmp_path / name / "log.csv")] for name in ("one", "two"))
+    assert len(one) > 3
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_views_show_what_their_prompts_say(datasets: list[str]) -> None:
+    """Boxes are tight around their targets or a little off, clicks are on them, and one photograph is on one side."""
+    labelled = open_all([*datasets, datasets[0]])
+    learnt, held = labelled.split(3)
+    names = [{labelled.load(int(i)).name for i in part} for part in (learnt, held)]
+    assert len(held) >= 3
+    assert not names[0] & names[1]
+    assert len(labelled.load(0).layers) == 2, "two people drew"
+    wanted = FinetuneOptions(shapes=0, prompts=6, seed=3)
+    settings = Settings(64, 64, 6, (123, 116, 103), flat=0.5, paste=0.5, fit=0.5, box=0.5)
+    views = Views(labelled, learnt, wanted, settings)
+    seen = set()
+    for micro in range(12):
+        image, coords, labels, targets, shapes = views[0, int(learnt[micro % len(learnt)]), micro]
+        assert image.shape == (3, 64, 64)
+        assert not shapes
+        for points, kinds, target in zip(coords.numpy(), labels.numpy(), targets.numpy(), strict=True):
+            mask = target > 0.5
+            assert mask.any()
+            for (x, y), kind in zip(points, kinds, strict=True):
+                seen.add(int(kind))
+                if kind in (0, 1):
+                    assert mask[int(y), int(x)] == (kind == 1)
+            if 2 in kinds:
+                corners = points[np.isin(kinds, (2, 3))].ravel()
+                assert np.abs(corners - tight_box(mask)).max() <= 0.04 * 64 + 1
+    assert seen == {-1, 0, 1, 2, 3}
+
+
+def test_the_fast_decoder_answers_as_segment_anything_does(tiny_recipe: Path, checkpoint: Path) -> None:
+    recipe = load_recipe(tiny_recipe)
+    sam = load_model(recipe, checkpoint).eval()
+    size, side = recipe.geometry.image_size, recipe.geometry.embedding_size
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(1, recipe.geometry.embedding_channels, side, side, generator=generator)
+    points = torch.rand(3, 2, 2, generator=generator) * size
+    kinds = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    with torch.inference_mode():
+        sparse, dense = sam.prompt_encoder(points=(points, kinds), boxes=None, masks=None)
+        wanted = sam.mask_decoder.predict_masks(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+        padded = torch.cat([points, torch.zeros(3, 1, 2)], 1), torch.cat([kinds, -torch.ones(3, 1)], 1)
+        found = decode(sam, embedding, embed_prompts(sam, *padded))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_variance_that_float16_cannot_hold_is_rescaled_without_changing_the_network() -> None:
+    model = build_model(load_recipe("reference"))
+    model.image_encoder.fuse[1].running_var.fill_(1e6)
+    weights = half_precision(model)
+    assert weights["image_encoder.fuse.1.running_var"].max() < 65504
+    again = build_model(load_recipe("reference"))
+    again.load_state_dict(weights)
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before, after = model.image_encoder(image), again.image_encoder(image)
+    torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-3)
+    model.mask_decoder.iou_token.weight.data.fill_(1e6)
+    with pytest.raises(CheckpointError, match=r"do not fit float16: 1 tensors .* mask_decoder\.iou_token\.weight"):
+        half_precision(model)
+
+
+def test_a_checkpoint_with_infinity_is_refused(tmp_path: Path) -> None:
+    """What such a rescaling prevents: a network that loads, runs, and ignores the image."""
+    recipe = load_recipe("reference")
+    state = build_model(recipe).state_dict()
+    state["image_encoder.fuse.1.running_var"] = torch.full((256,), 1e6).half()
+    torch.save(state, tmp_path / "inf.pt")
+    with pytest.raises(CheckpointError, match=r"inf or NaN, the first is image_encoder\.fuse\.1\.running_var"):
+        load_model(recipe, tmp_path / "inf.pt")
+
+
+WRONG: dict[str, tuple[list[object], int, str]] = {
+    "dataset": (["--dataset", "coco:/nowhere.json"], 2, "/nowhere.json, which does not exist"),
+    "layout": (["--dataset", "voc:/tmp"], 2, "LAYOUT:PATH with a layout of coco"),
+    "size": (["--image-size", 40], 2, "image_size must be a multiple of 32, got 40"),
+    "init": (["--init", "/nowhere.pt"], 1, "/nowhere.pt"),
+    "lr": (["--lr", 1e12, "--ema", 0, "--warmup", 0], 1, "start again with a lower --lr"),
+}
+
+
+@pytest.mark.parametrize(("more", "code", "says"), WRONG.values(), ids=WRONG)
+def test_wrong_requests_end_in_one_line(
+    words: list[str], tmp_path: Path, more: list[object], code: int, says: str
+) -> None:
+    result = run(*words, "-o", tmp_path, *more)
+    assert result.exit_code == code, result.output
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_decoder_that_is_not_sams_is_refused(datasets: list[str], tmp_path: Path) -> None:
+    result = run("efficient_sam_ti", "--dataset", datasets[0], "-o", tmp_path, *SHORT)
+    assert result.exit_code == 2
+    assert "'efficient_sam_ti' does not have SAM's own mask decoder" in result.stderr
