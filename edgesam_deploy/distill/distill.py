@@ -7,6 +7,7 @@ in the folder: ``records``.
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -78,6 +79,7 @@ def distill(job: Job, world: World, listener: Listener) -> DistillResult:
     Raises InputError for a pair or a cache that does not fit, CheckpointError for weights or a state that does not, or
     a loss that is not finite, OutputError for a result that cannot be written.
     """
+    started = time.monotonic()
     torch.manual_seed(job.options.seed)
     images, held = split(len(job.corpus), job.options.held)
     total = updates(len(images), job.options, world.size)
@@ -108,8 +110,8 @@ def distill(job: Job, world: World, listener: Listener) -> DistillResult:
     frames = [Frame(recipe.geometry, recipe.pixels) for recipe in (job.student, job.teacher)]
     pairs = Pairs(job.corpus, frames[0], frames[1], job.options, cache)
     finished = run.step == total or train(
-        run, pairs, images, _prepare(job.teacher, cache is not None, world.device), records.state, records.pause,
-        records.workers, book.after if book is not None else nothing,
+        run, pairs, images, _prepare(job.teacher, cache is not None, world.device), records.state,
+        records.pause.after(time.monotonic() - started), records.workers, book.after if book is not None else nothing,
     )  # fmt: skip
     result = DistillResult(finished, run.step, total, len(images), run.seconds, Agreement(0, 0, 0, 0, 0), path, "")
     if book is not None:

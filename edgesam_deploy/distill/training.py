@@ -197,6 +197,10 @@ class Pause:
     seconds: float = 600.0
     limit: float | None = None
 
+    def after(self, spent: float) -> Pause:
+        """What is left of it when that many seconds went elsewhere, as into a teacher's embeddings."""
+        return self if self.limit is None else Pause(self.seconds, max(0.0, self.limit - spent))
+
 
 def train(
     run: Run,

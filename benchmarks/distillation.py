@@ -1,0 +1,183 @@
+"""What trainings give: each experiment is a few commands of sam-export, its curve, and its masks on evaluation images.
+
+    python benchmarks/distillation.py --data DIR --work DIR [--experiments NAME ...] [--threads 2]
+
+DIR of --data holds the packs that the README's reference model was trained on (bsds500, coco-subset, ecssd, sod-masks,
+imagenet-sample); --work keeps the runs, which go on where they stopped. Writes benchmarks/results/distill/
+experiments.json, an entry per experiment: commands, origin, seconds, loss and agreement over training, and `sam-export
+eval` on coco-subset/val: mIoU with the true mask, and agreement with the teacher's masks for the same prompts. Only
+train splits are learnt from, and of imagenet-sample the three quarters that are not for calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgesam_deploy.files import write_json
+from edgesam_deploy.measure.latency import machine
+from edgesam_deploy.stages.cache import tool_versions
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "benchmarks" / "results" / "distill" / "experiments.json"
+TEACHER = "reference"
+# Points of a curve that are kept.
+POINTS = 60
+IMAGES = ("imagenet-train", "{data}/coco-subset/images/train2017", "{data}/bsds500/train", "{data}/bsds500/val",
+          "{data}/ecssd/train")  # fmt: skip
+LABELLED = ("coco:{data}/coco-subset/instances_train.json", "coco:{data}/coco-subset/instances_train.json",
+            "coco:{data}/coco-subset/stuff_train.json", "labels:{data}/bsds500/train", "labels:{data}/bsds500/val",
+            "masks:{data}/ecssd/train", "masks:{data}/sod-masks/train@{data}/bsds500/train")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """recipe: of the student, from ``pruned`` where that is a share; commands: the run's, without what all share; init:
+    "pruned" weights, those of another experiment, or None for random ones."""
+
+    about: str
+    command: str
+    pruned: float | None = None
+    init: str | None = None
+    options: tuple[str, ...] = field(default=())
+
+    @property
+    def recipe(self) -> str:
+        return (
+            TEACHER if self.pruned is None else f"pruned-{self.pruned}/{TEACHER}_pruned{round(100 * self.pruned)}.toml"
+        )
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "quarter": Experiment(
+        "a quarter of the teacher's encoder MACs, from the pruned teacher, decoupled", "distill", 0.76, "pruned",
+        ("--epochs", "10", "--batch", "4", "--lr", "1e-3", "--warmup", "100", "--colours", "0.3", "--ema", "0.998"),
+    ),
+    "decoupled": Experiment(
+        "the same student from random weights, decoupled", "distill", 0.76, None,
+        ("--epochs", "4", "--batch", "4", "--lr", "2e-3", "--warmup", "100", "--colours", "0.3", "--ema", "0.998"),
+    ),
+    "scratch": Experiment(
+        "the same student and its decoder from random weights, on true masks alone", "finetune", 0.76, None,
+        ("--epochs", "0.7", "--batch", "2", "--prompts", "8", "--lr", "5e-4", "--warmup", "30", "--ema", "0.99"),
+    ),
+    "recovery": Experiment(
+        "the teacher less 30 % of its encoder's MACs, recovered by distillation", "distill", 0.3, "pruned",
+        ("--epochs", "2", "--batch", "4", "--lr", "5e-4", "--warmup", "50", "--colours", "0.3", "--ema", "0.998"),
+    ),
+}  # fmt: skip
+
+
+def call(work: Path, threads: int, *words: str) -> Any:
+    """A command of sam-export with --json, in ``work``. Raises RuntimeError with its last line where it fails."""
+    command = [sys.executable, "-m", "edgesam_deploy", *words, "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=work, env=environment)
+    if done.returncode not in (0, 3):
+        raise RuntimeError(f"{shlex.join(command[2:])} ended with {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def prune(work: Path, share: float, threads: int) -> dict[str, Any]:
+    """The pruned teacher: its folder is made once."""
+    folder = work / f"pruned-{share}"
+    report = folder / "prune.json"
+    if not report.is_file():
+        found = call(work, threads, "prune", TEACHER, "--ratio", str(share), "-o", folder.name)
+        write_json(report, {k: v for k, v in found.items() if k not in ("recipe", "checkpoint")})
+    content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return content
+
+
+def words_of(name: str, work: Path, data: Path, threads: int) -> list[str]:
+    """The command of an experiment's run, as it is recorded."""
+    experiment = EXPERIMENTS[name]
+    words = [experiment.command, experiment.recipe, "-o", name, *experiment.options, "--held", "32", "--half",
+             "--threads", str(threads), "--log-every", "10", "--check-every", "200"]  # fmt: skip
+    if experiment.init == "pruned":
+        words += ["--init", experiment.recipe.replace(".toml", ".pt")]
+    if experiment.command == "distill":
+        words += ["--teacher", TEACHER, "--cache", "cache"]
+        given, option = IMAGES, "--images"
+    else:
+        given, option = LABELLED, "--dataset"
+    return words + [part for text in given for part in (option, text.format(data=data))]
+
+
+def link_images(work: Path, data: Path) -> None:
+    """imagenet-sample without the quarter that is for calibration."""
+    folder = work / IMAGES[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(sorted(path.name for path in (data / "imagenet-sample").iterdir())):
+        link = folder / name
+        if number % 4 and not link.is_symlink():
+            link.symlink_to(data / "imagenet-sample" / name)
+
+
+def evaluated(work: Path, data: Path, recipe: str, checkpoint: str | None) -> dict[str, list[dict[str, Any]]]:
+    """What ``eval`` says of ground truth and of agreement with the teacher, without the calibration."""
+    words = ["eval", recipe, *(["--checkpoint", checkpoint] if checkpoint else []), "--dataset",
+             f"coco:{data}/coco-subset/instances_val.json", "--prompts", "box,click", "--workers", "2",
+             "--threads", "1", *(["--against", TEACHER] if checkpoint else [])]  # fmt: skip
+    found = call(work, 1, *words)
+    kinds = ("truth", "agreement")
+    return {kind: [{k: v for k, v in q.items() if k != "calibration"} for q in found[kind] or ()] for kind in kinds}
+
+
+def curve(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    step = max(1, len(rows) // POINTS)
+    return [row for number, row in enumerate(rows) if number % step == 0 or number == len(rows) - 1]
+
+
+def run(name: str, work: Path, data: Path, threads: int) -> dict[str, Any]:
+    experiment = EXPERIMENTS[name]
+    entry: dict[str, Any] = {"about": experiment.about}
+    if experiment.pruned is not None:
+        entry["pruned"] = prune(work, experiment.pruned, threads)
+    if experiment.init == "pruned":
+        entry["before"] = evaluated(work, data, experiment.recipe, experiment.recipe.replace(".toml", ".pt"))
+    words = words_of(name, work, data, threads)
+    call(work, threads, *words)
+    entry["command"] = shlex.join(["sam-export", *words]).replace(str(data), "DATA")
+    record = json.loads((work / name / "run.json").read_text(encoding="utf-8"))
+    entry["run"] = {k: v for k, v in record.items() if k not in ("machine",)}
+    entry["log"], entry["checks"] = curve(work / name / "log.csv"), curve(work / name / "checks.csv")
+    entry["after"] = evaluated(work, data, experiment.recipe, f"{name}/student.pt")
+    return entry
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    work, data = options.work.resolve(), options.data.resolve()
+    link_images(work, data)
+    for name in options.experiments:
+        entry = run(name, work, data, options.threads)
+        content: dict[str, Any] = {"experiments": {}}
+        if options.output.is_file():
+            content = json.loads(options.output.read_text(encoding="utf-8"))
+        content |= {"machine": machine(), "tools": tool_versions()}
+        content["experiments"][name] = entry
+        if "teacher" not in content:
+            content["teacher"] = evaluated(work, data, TEACHER, None)
+        write_json(options.output, content)
+        print(f"{name}: wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()
