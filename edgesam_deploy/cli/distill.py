@@ -15,14 +15,21 @@ from edgesam_deploy.cli.terminal import (
     json_option,
     print_json,
     print_table,
+    say,
+    track,
 )
 from edgesam_deploy.cli.training import NAMES, folder, positive, records, share, training_options, watching
 
 if TYPE_CHECKING:
     from edgesam_deploy.distill.agreement import Agreement
+    from edgesam_deploy.distill.corpus import Corpus
     from edgesam_deploy.distill.distill import DistillResult
+    from edgesam_deploy.distill.distributed import World
     from edgesam_deploy.distill.teacher import Teacher
     from edgesam_deploy.recipe import Recipe
+
+# In the run's folder: the images that --skip-damaged leaves out, and why.
+DAMAGED = "damaged.json"
 
 
 @click.command("distill")
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--teacher", required=True, help="A recipe (PyTorch), or a bundle whose encoder answers.")
 @checkpoint_options
 @click.option("--images", type=folder, multiple=True, required=True, help="Folders and .tar files of images.")
+@click.option("--skip-damaged", is_flag=True, help="Read every image once before the run; leave out what fails.")
 @click.option("--cache", type=folder, help="Folder of the teacher's embeddings. Default: in -o.")
 @click.option("--on-the-fly", is_flag=True, help="No cache: the teacher answers again in every epoch.")
 @click.option("--loss", type=click.Choice(["huber", "l1", "mse", "cosine"]), default="huber", show_default=True)
@@ -83,12 +91,15 @@ def command(
     with ExitStack() as stack:
         world = stack.enter_context(join(given["device"]))
         who, model, recipe = stack.enter_context(_teacher(teacher, weights, world.device, threads))
+        corpus = Corpus(images)
+        if given["skip_damaged"]:
+            corpus = _readable(corpus, output, threads, world)
         job = Job(
             student=load_recipe(student),
             teacher=who,
             model=model,
             recipe=recipe,
-            corpus=Corpus(images),
+            corpus=corpus,
             options=options,
             records=records(output, given),
             cache=None if on_the_fly else cache or output / "cache",
@@ -99,6 +110,20 @@ def command(
         result = distill(job, world, stack.enter_context(watching("distill", world.first, _describe)))
     if world.first:
         _print(result, student, as_json)
+
+
+def _readable(corpus: Corpus, output: Path, threads: int | None, world: World) -> Corpus:
+    """The images that can be read. The first process finds the others; all leave them out."""
+    from edgesam_deploy.distill.corpus import find_damaged
+
+    if not world.first:
+        world.wait()
+    record = output / DAMAGED
+    damaged = find_damaged(corpus, record, threads, lambda items, total: iter(track("reading", items, total)))
+    if world.first:
+        world.wait()
+        say(f"{len(damaged)} of {len(corpus)} images cannot be read and are left out: {record} names them")
+    return corpus.without(damaged)
 
 
 @contextmanager

@@ -7,17 +7,26 @@ goes on at the same image. One image takes 20 bytes of memory and its name, so t
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgesam_deploy.errors import ImageError, InputError
+from edgesam_deploy.files import write_json
 from edgesam_deploy.images import SUFFIXES, read_image
+
+# Images between two records of a search for damaged ones.
+CHUNK = 1024
 
 
 class Corpus:
@@ -68,6 +77,66 @@ class Corpus:
         found.update(self._ends.tobytes())
         found.update(self._places[:, 2].tobytes())
         return found.hexdigest()
+
+    def without(self, indices: Sequence[int]) -> Corpus:
+        """The others, in the same order and numbered anew; this corpus stays as it is."""
+        kept = np.ones(len(self), bool)
+        kept[list(indices)] = False
+        sizes = np.diff(self._ends, prepend=0)
+        rest = copy.copy(self)
+        rest._names = np.frombuffer(self._names, np.uint8)[np.repeat(kept, sizes)].tobytes()
+        rest._ends = np.cumsum(sizes[kept])
+        rest._places = self._places[kept]
+        return rest
+
+
+def find_damaged(
+    corpus: Corpus,
+    record: Path,
+    threads: int | None = None,
+    progress: Callable[[Iterator[int], int], Iterator[int]] = lambda items, total: items,
+) -> list[int]:
+    """Numbers of the images that cannot be read. Each is read once: ``record`` keeps what was found, with the reasons.
+
+    A search that was stopped goes on near there; a corpus with another digest is searched from its start. threads: that
+    decode, None for one a core. Raises OutputError for a record that cannot be written.
+    """
+    known = _read_record(record, corpus)
+    if known["checked"] == len(corpus):
+        return [int(entry["index"]) for entry in known["damaged"]]
+    counter = iter(progress(iter(range(known["checked"], len(corpus))), len(corpus) - known["checked"]))
+    # Each read sets Python's warnings aside; in several threads the last to end must not leave them so.
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")
+        while known["checked"] < len(corpus):
+            chunk = range(known["checked"], min(known["checked"] + CHUNK, len(corpus)))
+            for index, reason in zip(chunk, pool.map(lambda i: _unreadable(corpus, i), chunk), strict=True):
+                if reason is not None:
+                    known["damaged"].append({"index": index, "name": corpus.name(index), "reason": reason})
+                next(counter)
+            known["checked"] = chunk.stop
+            write_json(record, known)
+    return [int(entry["index"]) for entry in known["damaged"]]
+
+
+def _read_record(path: Path, corpus: Corpus) -> dict[str, Any]:
+    """What is known of this very corpus; nothing, where ``path`` is of another or no record at all."""
+    fresh = {"images_sha256": corpus.digest(), "images": len(corpus), "checked": 0, "damaged": []}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        same = all(found[name] == fresh[name] for name in ("images_sha256", "images"))
+        usable = same and 0 <= int(found["checked"]) <= len(corpus)
+        return found if usable and all(0 <= int(e["index"]) < len(corpus) for e in found["damaged"]) else fresh
+    except (OSError, ValueError, KeyError, TypeError):
+        return fresh
+
+
+def _unreadable(corpus: Corpus, index: int) -> str | None:
+    try:
+        corpus.read(index)
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 def _members(root: Path) -> Iterator[tuple[str, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgesam_deploy.distill.corpus import Corpus
+from edgesam_deploy.distill import corpus as module
+from edgesam_deploy.distill.corpus import Corpus, find_damaged
 from edgesam_deploy.errors import ImageError, InputError
 
 
@@ -83,3 +85,58 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
         tar.add(tmp_path / "a.jpg", "a.jpg")
     with pytest.raises(ImageError, match=r"b\.tar/a\.jpg is not a readable image"):
         Corpus([tmp_path / "b.tar"]).read(0)
+
+
+def test_a_corpus_without_some_images_is_a_corpus_of_the_others(
+    photographs: Path, archive: Path, tmp_path: Path
+) -> None:
+    whole = Corpus([photographs, archive])
+    count = len(whole) // 2
+    rest = whole.without([2, 0, count + 5])
+    kept = [i for i in range(len(whole)) if i not in (0, 2, count + 5)]
+    assert len(rest) == len(kept) == len(whole) - 3
+    for i, before in enumerate(kept):
+        assert rest.name(i) == whole.name(before)
+        assert np.array_equal(rest.read(i), whole.read(before))
+    assert len(whole) == 2 * count
+    assert whole.without([]).digest() == whole.digest()
+    shutil.copytree(photographs, tmp_path / "fewer")
+    (tmp_path / "fewer" / whole.name(1)).unlink()
+    assert Corpus([photographs]).without([1]).digest() == Corpus([tmp_path / "fewer"]).digest()
+    assert len(Corpus([photographs]).without(range(count))) == 0
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_damaged_images_are_found_once(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 5)
+    root = tmp_path / "images"
+    shutil.copytree(photographs, root)
+    names = sorted(p.name for p in root.iterdir())
+    (root / names[1]).write_bytes((root / names[1]).read_bytes()[:-300])  # cut off
+    (root / names[7]).write_bytes(b"no image")
+    if form == "tar":
+        with tarfile.open(tmp_path / "images.tar", "w") as tar:
+            tar.add(root, "")
+        root = tmp_path / "images.tar"
+    corpus, record = Corpus([root]), tmp_path / "run" / "damaged.json"
+    counted: list[int] = []
+    assert find_damaged(corpus, record, 2, lambda items, total: (counted.append(i) or i for i in items)) == [1, 7]
+    assert counted == list(range(len(corpus)))
+    found = json.loads(record.read_text(encoding="utf-8"))
+    assert [(entry["index"], entry["name"]) for entry in found["damaged"]] == [(1, names[1]), (7, names[7])]
+    assert all(names[i] in entry["reason"] for i, entry in zip((1, 7), found["damaged"], strict=True))
+
+    read: list[int] = []
+    monkeypatch.setattr(module, "_unreadable", lambda corpus, index: read.append(index))
+    assert find_damaged(corpus, record) == [1, 7]
+    assert read == [], "it is known"
+    record.write_text(json.dumps({**found, "checked": 5, "damaged": found["damaged"][:1]}), encoding="utf-8")
+    assert find_damaged(corpus, record) == [1]
+    assert sorted(read) == list(range(5, len(corpus))), "a stopped search goes on"
+    for other in ("{", "[]", json.dumps({**found, "images_sha256": "of others"})):
+        record.write_text(other, encoding="utf-8")
+        read.clear()
+        assert find_damaged(corpus, record) == []
+        assert sorted(read) == list(range(len(corpus)))

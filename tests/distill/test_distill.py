@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from edgesam_deploy.recipe import load_recipe
 from edgesam_deploy.transforms import resized_hw
 
 SHORT = ("--epochs", 2, "--batch", 2, "--held", 2, "--warmup", 2, "--threads", 1, "--log-every", 1, "--shard-size", 5)
-UPDATES = 10
+UPDATES, COUNT = 10, 12
 
 
 @pytest.fixture
@@ -219,6 +220,22 @@ def test_a_damaged_image_is_one_line_from_any_process(words: list[str], tmp_path
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert re.fullmatch(r"error: \S+/images/2\.png is not a readable image: .*", lines[0])
+
+
+def test_damaged_images_can_be_left_out(words: list[str], tmp_path: Path, photographs: Path) -> None:
+    """And then the run is that of the others alone."""
+    shutil.copytree(photographs, tmp_path / "images")
+    place = words.index("--images") + 1
+    words[place] = str(tmp_path / "images")
+    damaged = tmp_path / "images" / "between.jpg"
+    damaged.write_bytes(b"no image")
+    result = run(*words, "--skip-damaged", "-o", tmp_path / "all", "--json")
+    assert result.exit_code == 0, result.output
+    assert f"1 of {COUNT + 1} images cannot be read and are left out: {tmp_path}/all/damaged.json" in result.stderr
+    listed = json.loads((tmp_path / "all" / "damaged.json").read_text(encoding="utf-8"))["damaged"]
+    assert [entry["name"] for entry in listed] == ["between.jpg"]
+    damaged.unlink()
+    assert answer(*words, "-o", tmp_path / "others")["sha256"] == json.loads(result.stdout)["sha256"]
 
 
 def test_another_runs_state_is_refused(words: list[str], tmp_path: Path) -> None:
