@@ -132,7 +132,7 @@ def test_trainings_run_on_tiny_models(tiny_recipe: Path, tmp_path: Path, monkeyp
         words = [str(tiny_recipe) if w in ("student_resnet18", "mobile_sam") else w for w in shlex.split(command)[1:]]
         assert (words[0], words.count(str(tiny_recipe))) == (name, 2 if name == "distill" else 1)
         own = ["--checkpoint", str(weights)] if name == "distill" else ["--held", "1"]
-        result = CliRunner().invoke(main, [*words, *own, "--epochs", "1", "--batch", "1"])
+        result = CliRunner().invoke(main, [*words, *own, "--epochs", "1", "--batch", "1", "--prompts", "2"])
         assert result.exit_code == 0, result.output
         output = words[words.index("-o") + 1]
         assert f"build it: sam-export build {tiny_recipe} --checkpoint {output}/student.pt" in result.output
