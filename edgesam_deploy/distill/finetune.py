@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,13 +174,19 @@ class TruthJudge:
         self._samples: list[list[Sample]] = []
         for number in held.tolist():
             source = job.images.load(number)
-            if not source.layers:
-                continue
-            row = []
-            for box in (0.0, 1.0):
-                plain = replace(job.settings(), flat=0.0, paste=0.0, fit=1.0, box=box, prompts=VALIDATED)
-                row.append(draw(np.random.default_rng((7, number)), source, partial(_itself, source), plain, 2))
-            self._samples.append(row)
+            try:
+                self._samples.append([self._draw(number, source, box) for box in (0.0, 1.0)])
+            except InputError:
+                continue  # nothing on it is large enough
+        if not self._samples:
+            raise InputError(
+                f"none of the {len(held)} held-out images shows a mask that is large enough: keep more of them with "
+                "--held, or give images with larger masks"
+            )
+
+    def _draw(self, number: int, source: Source, box: float) -> Sample:
+        plain = replace(self._job.settings(), flat=0.0, paste=0.0, fit=1.0, box=box, prompts=VALIDATED)
+        return draw(np.random.default_rng((7, number)), source, lambda: source, plain, 2)
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module, picture: Path) -> TruthScore:
@@ -215,10 +220,6 @@ def answers(masks: Tensor, scores: Tensor, labels: Tensor, targets: Tensor) -> t
     if bool((labels[:, 0] == 1).all()):  # clicks
         return masks[rows, 1 + scores[:, 1:].argmax(1)], iou[:, 1:].amax(1)
     return masks[:, 0], iou[:, 0]
-
-
-def _itself(source: Source) -> Source:
-    return source
 
 
 def _prepare(device: torch.device) -> Prepare:
