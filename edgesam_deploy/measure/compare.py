@@ -153,6 +153,28 @@ def alternate(
     return samples
 
 
+def time_graphs(
+    predictors: Mapping[str, Predictor],
+    image: npt.NDArray[np.uint8],
+    runs: int,
+    warmup: int,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of every run by graph and predictor's name, on one click in the middle of ``image`` (H,W,3).
+
+    The predictors take turns (``alternate``).
+    """
+    hw = (image.shape[0], image.shape[1])
+    click = check_prompts([[hw[1] / 2, hw[0] / 2]], [1], None, hw)
+    actions: dict[str, dict[str, Callable[[], object]]] = {name: {} for name in GRAPHS}
+    for name, predictor in predictors.items():
+        predictor.set_image(image)
+        feeds = {"encoder": predictor.preprocess(image), "decoder": predictor.decoder_feeds(click)}
+        for graph in GRAPHS:
+            actions[graph][name] = _action(predictor, graph, feeds[graph])
+    return {graph: alternate(actions[graph], runs, warmup, progress) for graph in GRAPHS}
+
+
 def label(backend: str, bf16: bool) -> str:
     """A backend's name for people, as ``Bundle.runs_on`` writes it."""
     return f"{backend} bf16" if bf16 else backend
@@ -191,17 +213,8 @@ def _times(
     progress: Callable[[Iterable[int]], Iterable[int]],
 ) -> dict[str, dict[str, GraphTimes]]:
     """Times by backend's label and graph."""
-    hw = (image.shape[0], image.shape[1])
-    click = check_prompts([[hw[1] / 2, hw[0] / 2]], [1], None, hw)
-    actions: dict[str, dict[str, Callable[[], object]]] = {name: {} for name in GRAPHS}
-    for name, predictor in predictors.items():
-        predictor.set_image(image)
-        feeds = {"encoder": predictor.preprocess(image), "decoder": predictor.decoder_feeds(click)}
-        for graph in GRAPHS:
-            actions[graph][name] = _action(predictor, graph, feeds[graph])
     times: dict[str, dict[str, GraphTimes]] = {name: {} for name in predictors}
-    for graph in GRAPHS:
-        samples = alternate(actions[graph], options.runs, options.warmup, progress)
+    for graph, samples in time_graphs(predictors, image, options.runs, options.warmup, progress).items():
         summaries = {name: summarize(values) for name, values in samples.items()}
         first = next(iter(summaries.values())).median_ms
         for name, summary in summaries.items():

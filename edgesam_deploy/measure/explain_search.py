@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from edgesam_deploy.errors import BundleError
+from edgesam_deploy.measure.chart import front
 
 _WIDTH, _HEIGHT = 640, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 16, 44
@@ -73,22 +74,15 @@ def _chart(frontier: Sequence[Point], points: Sequence[Point], chosen: Point | N
     everything = [*frontier, *points, *([chosen] if chosen is not None else [])]
     heights = [p.mask_iou for p in everything] + ([limit] if limit is not None else [])
     axes = _Axes(_span([p.cost_ms for p in everything]), _span(heights))
-    line = " ".join("{:.1f},{:.1f}".format(*axes.place(p.cost_ms, p.mask_iou)) for p in _best(frontier))
+    # A frontier may be filled up with others.
+    best = [frontier[i] for i in front([(p.cost_ms, p.mask_iou) for p in frontier])]
+    line = " ".join("{:.1f},{:.1f}".format(*axes.place(p.cost_ms, p.mask_iou)) for p in best)
     marks = [_mark(axes, p, "tried", 3) for p in points] + [_mark(axes, p, "point", 4) for p in frontier]
     marks += [_mark(axes, chosen, "chosen", 6)] if chosen is not None else []
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="search: time and mask IoU">'
         f'{_scales(axes)}{_limit(axes, limit)}<polyline class="line" points="{line}"/>{"".join(marks)}</svg>'
     )
-
-
-def _best(frontier: Sequence[Point]) -> list[Point]:
-    """By cost, those with better masks than everything cheaper; a frontier may be filled up with others."""
-    found: list[Point] = []
-    for point in sorted(frontier, key=lambda p: (p.cost_ms, -p.mask_iou)):
-        if not found or point.mask_iou > found[-1].mask_iou:
-            found.append(point)
-    return found
 
 
 def _mark(axes: _Axes, point: Point, kind: str, radius: int) -> str:
