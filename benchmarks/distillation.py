@@ -31,8 +31,9 @@ OUTPUT = ROOT / "benchmarks" / "results" / "distill" / "experiments.json"
 TEACHER = "reference"
 # Points of a curve that are kept.
 POINTS = 60
-IMAGES = ("imagenet-train", "{data}/coco-subset/images/train2017", "{data}/bsds500/train", "{data}/bsds500/val",
-          "{data}/ecssd/train")  # fmt: skip
+# Photographs alone: folders of packs have label maps beside them.
+IMAGES = "photographs"
+PACKS = ("coco-subset/images/train2017", "bsds500/train", "bsds500/val", "ecssd/train")
 LABELLED = ("coco:{data}/coco-subset/instances_train.json", "coco:{data}/coco-subset/instances_train.json",
             "coco:{data}/coco-subset/stuff_train.json", "labels:{data}/bsds500/train", "labels:{data}/bsds500/val",
             "masks:{data}/ecssd/train", "masks:{data}/sod-masks/train@{data}/bsds500/train")  # fmt: skip
@@ -106,20 +107,23 @@ def words_of(name: str, work: Path, data: Path, threads: int) -> list[str]:
         words += ["--init", experiment.recipe.replace(".toml", ".pt")]
     if experiment.command == "distill":
         words += ["--teacher", TEACHER, "--cache", "cache"]
-        given, option = IMAGES, "--images"
+        given, option = (IMAGES,), "--images"
     else:
         given, option = LABELLED, "--dataset"
     return words + [part for text in given for part in (option, text.format(data=data))]
 
 
 def link_images(work: Path, data: Path) -> None:
-    """imagenet-sample without the quarter that is for calibration."""
-    folder = work / IMAGES[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(sorted(path.name for path in (data / "imagenet-sample").iterdir())):
-        link = folder / name
-        if number % 4 and not link.is_symlink():
-            link.symlink_to(data / "imagenet-sample" / name)
+    """The photographs to learn from, without the quarter of imagenet-sample that is for calibration."""
+    every = sorted((data / "imagenet-sample").iterdir(), key=lambda path: path.name)
+    found = [("0-imagenet", path) for number, path in enumerate(every) if number % 4]
+    for number, pack in enumerate(PACKS, start=1):
+        found += [(f"{number}-{pack.replace('/', '-')}", path) for path in (data / pack).glob("*.jpg")]
+    for folder, path in found:
+        link = work / IMAGES / folder / path.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(path)
 
 
 def evaluated(work: Path, data: Path, recipe: str, checkpoint: str | None) -> dict[str, list[dict[str, Any]]]:
@@ -144,14 +148,14 @@ def run(name: str, work: Path, data: Path, threads: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"about": experiment.about}
     if experiment.pruned is not None:
         entry["pruned"] = prune(work, experiment.pruned, threads)
-    if experiment.init == "pruned":
-        entry["before"] = evaluated(work, data, experiment.recipe, experiment.recipe.replace(".toml", ".pt"))
     words = words_of(name, work, data, threads)
     call(work, threads, *words)
     entry["command"] = shlex.join(["sam-export", *words]).replace(str(data), "DATA")
     record = json.loads((work / name / "run.json").read_text(encoding="utf-8"))
     entry["run"] = {k: v for k, v in record.items() if k not in ("machine",)}
     entry["log"], entry["checks"] = curve(work / name / "log.csv"), curve(work / name / "checks.csv")
+    if experiment.init == "pruned":
+        entry["before"] = evaluated(work, data, experiment.recipe, experiment.recipe.replace(".toml", ".pt"))
     entry["after"] = evaluated(work, data, experiment.recipe, f"{name}/student.pt")
     return entry
 
