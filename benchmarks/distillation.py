@@ -64,7 +64,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "decoupled": Experiment(
         "the same student from random weights, decoupled", "distill", 0.76, None,
-        ("--epochs", "4", "--batch", "4", "--lr", "2e-3", "--warmup", "100", "--colours", "0.3", "--ema", "0.998"),
+        ("--epochs", "2", "--batch", "4", "--lr", "2e-3", "--warmup", "50", "--colours", "0.3", "--ema", "0.998"),
     ),
     "scratch": Experiment(
         "the same student and its decoder from random weights, on true masks alone", "finetune", 0.76, None,

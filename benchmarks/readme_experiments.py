@@ -1,0 +1,115 @@
+"""The trainings' part of RESULTS.md, and its chart; nothing where ``distillation.py`` has not yet been run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from result_tables import RESULTS, load, table
+
+from edgesam_deploy.measure.chart import LEFT, RIGHT, WIDTH, LinearAxis, colours, frame, linear_y, svg
+from edgesam_deploy.measure.protocol import BOX, BY_PREDICTED, CLICK, SAME_INDEX, SINGLE
+
+FOLDER = RESULTS / "distill"
+CHART = "agreement.svg"
+STYLE = ".curve{stroke-width:1.6;fill:none}.clicks{stroke-dasharray:5 3}"
+NONE = "–"
+Row = Mapping[str, Any]
+
+
+def experiments() -> list[str]:
+    """Every experiment: what it cost, and its masks before and after."""
+    result = found()
+    if not result:
+        return []
+    header = ["experiment", "encoder GMACs", "minutes", "updates", "agreement: click", "box", "mIoU, true box",
+              "small", "medium", "large", "one click, by predicted IoU"]  # fmt: skip
+    rows = [["the teacher: reference", *_teacher(result)]]
+    rows += [_row(name, entry) for name, entry in result["experiments"].items()]
+    images = next(iter(result["experiments"].values()))["run"]["images"]
+    commands = [f"`{entry['command']}`" for entry in result["experiments"].values()]
+    return [
+        "**Trainings**, each a few commands on one core of two, beside other work, so minutes are upper bounds. "
+        "Agreement: mIoU with the teacher's masks to the same prompts, on all objects of coco-subset/val, which no run "
+        "has seen; mIoU: with the true masks there (95 % interval). Before → after. Distilled from "
+        f"{images} photographs without labels. Source: `benchmarks/results/distill/experiments.json`, "
+        "`distillation.py`.",
+        "",
+        *table(header, rows),
+        "",
+        f"![Agreement with the teacher over training](results/distill/{CHART})",
+        "",
+        "Commands: " + "; ".join(commands) + ".",
+    ]
+
+
+def found() -> dict[str, Any]:
+    path = FOLDER / "experiments.json"
+    return load(path) if path.is_file() else {}
+
+
+def charts() -> dict[Path, str]:
+    """Agreement over the updates of every distillation."""
+    curves = {
+        name: entry["checks"]
+        for name, entry in found().get("experiments", {}).items()
+        if entry["checks"] and "cosine" in entry["checks"][0]
+    }
+    return {FOLDER / CHART: _chart(curves)} if curves else {}
+
+
+def _chart(curves: Mapping[str, list[Row]]) -> str:
+    every = [point for points in curves.values() for point in points]
+    x = LinearAxis(0, max(point["step"] for point in every), LEFT, WIDTH - RIGHT)
+    y = linear_y([point[kind] for point in every for kind in ("click_iou", "box_iou")])
+    colour_of = colours(list(curves))
+    drawn = []
+    for name, points in curves.items():
+        for kind in ("box", "click"):
+            places = " ".join(f"{x.place(p['step']):.1f},{y.place(p[f'{kind}_iou']):.1f}" for p in points)
+            drawn.append(
+                f'<polyline class="curve {kind}s" stroke="{colour_of[name]}" points="{places}"/>'
+                f'<text x="{x.place(points[-1]["step"]) + 5:.1f}" y="{y.place(points[-1][f"{kind}_iou"]) + 4:.1f}">'
+                f"{name}, {kind}</text>"
+            )
+    title = "Agreement with the teacher on 32 held-out training images: boxes (lines) and clicks (dashes)"
+    frame_of = frame(x, y, "updates", "mean mask IoU with the teacher")
+    return svg(title, frame_of + "".join(drawn), STYLE)
+
+
+def _teacher(result: Row) -> list[str]:
+    before = next(iter(result["experiments"].values())).get("pruned") or {}
+    macs = f"{before['macs_before'] / 1e9:.2f}" if before else NONE
+    return [macs, NONE, NONE, "1", "1", *_truth(None, result["teacher"])]
+
+
+def _row(name: str, entry: Row) -> list[str]:
+    run, before, after = entry["run"], entry.get("before"), entry["after"]
+    cells = [f"{name}: {entry['about']}", f"{entry['pruned']['macs_after'] / 1e9:.2f}", f"{run['seconds'] / 60:.0f}",
+             str(run["step"])]  # fmt: skip
+    for prompt in (CLICK, BOX):
+        answers = [_figure(each, "agreement", prompt, None) for each in (before, after)]
+        cells.append(_arrow(*(None if a is None else f"{a['miou']:.3f}" for a in answers)))
+    return [*cells, *_truth(before, after)]
+
+
+def _truth(before: Row | None, after: Row) -> list[str]:
+    boxes = [_figure(each, "truth", BOX, SINGLE) for each in (before, after)]
+    interval = boxes[1]["interval"] if boxes[1] else (0, 0)
+    cells = [_arrow(*(f"{b['miou']:.3f}" if b else None for b in boxes)) + f" ({interval[0]:.3f}–{interval[1]:.3f})"]
+    for size in ("small", "medium", "large"):
+        cells.append(f"{boxes[1]['by_size'][size]['miou']:.3f}" if boxes[1] else NONE)
+    clicks = [_figure(each, "truth", CLICK, BY_PREDICTED) for each in (before, after)]
+    return [*cells, _arrow(*(f"{c['miou']:.3f}" if c else None for c in clicks))]
+
+
+def _arrow(before: str | None, after: str | None) -> str:
+    return f"{before} → {after}" if before else after or NONE
+
+
+def _figure(found: Row | None, kind: str, prompt: str, answer: str | None) -> Row | None:
+    for each in (found or {}).get(kind, ()):
+        if each["prompt"] == prompt and each["answer"] in ((answer,) if answer else (SAME_INDEX, SINGLE)):
+            return each  # type: ignore[no-any-return]
+    return None
