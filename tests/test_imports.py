@@ -25,6 +25,8 @@ HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "onnxs
 
 SCRIPT = """
 import json, sys
+
+from edgesam_deploy.cli import COMMANDS
 before = set(sys.modules)
 try:
     {statement}
@@ -56,10 +58,7 @@ STATEMENTS = {
     "its-names": "import edgesam_deploy; dir(edgesam_deploy); edgesam_deploy.__version__",
     "help": CLI.format(words=["--help"]),
     "version": CLI.format(words=["--version"]),
-    **{
-        f"help-of-{name}": CLI.format(words=[name, "--help"])
-        for name in sorted(p.stem for p in (PACKAGE / "cli").glob("*.py") if p.stem not in ("__init__", "terminal"))
-    },
+    **{f"help-of-{name}": CLI.format(words=[name, "--help"]) for name in COMMANDS},
 }
 
 

@@ -77,7 +77,7 @@ class Judge:
             self._embeddings.append(found.astype(np.float16))
             self._masks.append(_decode(decoder, self.recipe.geometry, torch.from_numpy(found), self._shapes[-1], None))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode would leave encoders' caches as tensors that no update may touch
     def __call__(self, student: nn.Module, recipe: Recipe, samples: Path | None = None) -> Agreement:
         """How a student in eval mode does. samples: a picture of the first four images to draw, teacher beside it."""
         encoder: Any = encoder_of(student, recipe).eval().to(self.device)

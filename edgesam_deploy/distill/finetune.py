@@ -188,7 +188,7 @@ class TruthJudge:
         plain = replace(self._job.settings(), flat=0.0, paste=0.0, fit=1.0, box=box, prompts=VALIDATED)
         return draw(np.random.default_rng((7, number)), source, lambda: source, plain, 2)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode would leave encoders' caches as tensors that no update may touch
     def __call__(self, model: nn.Module, picture: Path) -> TruthScore:
         objective = TruthObjective(model, self._job.recipe, self._job.options).eval()
         means: list[list[float]] = []

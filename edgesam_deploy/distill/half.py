@@ -27,7 +27,7 @@ def half_precision(model: nn.Module) -> dict[str, Tensor]:
         # Any: torch types a module's buffers as Tensor | Module.
         pairs: list[tuple[Any, Any]] = [(encoder.fuse[i], encoder.fuse[i + 1]) for i in (0, 3)]
         for convolution, norm in pairs:
-            while norm.running_var.max() > MAX_VARIANCE:
+            while torch.isfinite(norm.running_var).all() and norm.running_var.max() > MAX_VARIANCE:
                 convolution.weight /= 2
                 norm.running_mean /= 2
                 norm.running_var /= 4

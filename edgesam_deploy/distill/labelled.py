@@ -80,7 +80,7 @@ def label_map(targets: Sequence[Target], hw: tuple[int, int]) -> npt.NDArray[np.
     """(H,W) uint8 of the targets, from large to small so that small ones stay whole; 255 of them at most."""
     labels = np.zeros(hw, np.uint8)
     largest = sorted(targets, key=lambda target: -int(np.count_nonzero(target.mask)))
-    for label, target in enumerate(largest[-MAX_LABEL:], start=1):
+    for label, target in enumerate(largest[:MAX_LABEL], start=1):
         labels[target.mask] = label
     return labels
 

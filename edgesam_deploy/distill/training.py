@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from edgesam_deploy.distill.distributed import World
 from edgesam_deploy.distill.options import TrainOptions
 from edgesam_deploy.distill.samples import Steps
-from edgesam_deploy.errors import CheckpointError, EdgeSAMError
+from edgesam_deploy.errors import CheckpointError, ImageError, InputError
 from edgesam_deploy.files import writing
 
 # PyTorch's 0.1 remembers some 40 views of 4 a step: too few for the statistics that the deployed model keeps.
@@ -168,9 +168,9 @@ class Run:
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
     def _train_mode(self) -> None:
-        for part in self.learners:
-            part.train()
-        for module in self.model.modules():
+        # What does not learn stays as it is, its batch statistics too.
+        self.model.eval()
+        for module in (m for part in self.learners for m in part.train().modules()):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(not self.options.freeze_norm)
                 module.momentum = NORM_MOMENTUM
@@ -226,6 +226,7 @@ def train(
     loader = DataLoader(
         samples, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
         worker_init_fn=_let_the_first_decide,
+        generator=torch.Generator(),  # not the global one, whose state a resumed run has taken over
     )  # fmt: skip
     with _asked_to_stop() as asked:
         for batches in _grouped(_loaded(loader), run.options.accumulate):
@@ -274,7 +275,7 @@ def _let_the_first_decide(worker: int) -> None:
 @torch.no_grad()
 def keep_lab_scales(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if name.endswith("lab.scale"):
+        if name.endswith("lab.scale") and parameter.requires_grad:
             parameter.clamp_(min=MIN_LAB_SCALE)
 
 
@@ -282,7 +283,7 @@ def _loaded(loader: Iterable[Any]) -> Iterator[Any]:
     """What loads. A loader process's error comes with its traceback in its message: the line that it began as."""
     try:
         yield from loader
-    except EdgeSAMError as error:
+    except (InputError, ImageError, CheckpointError) as error:
         last = str(error).strip().splitlines()[-1]
         raise type(error)(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
 

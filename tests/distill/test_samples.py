@@ -11,7 +11,7 @@ from edgesam_deploy.distill.options import DistillOptions
 from edgesam_deploy.distill.samples import Steps, change_colours, split, updates, view
 from edgesam_deploy.errors import InputError
 
-Key = tuple[int, int]
+Key = tuple[int, int, int]
 OPTIONS = DistillOptions(batch=3, accumulate=2, seed=5)
 IMAGES = np.arange(100, 120)
 
@@ -23,7 +23,7 @@ def keys(options: DistillOptions, start: int, stop: int, rank: int = 0, world: i
 def test_an_epoch_is_every_image_once_in_another_order() -> None:
     seen = [k for micro in keys(OPTIONS, 0, 20) for k in micro]
     assert len(seen) == 20 * 6
-    epochs = [[image for e, image in seen if e == epoch] for epoch in range(6)]
+    epochs = [[image for e, image, _ in seen if e == epoch] for epoch in range(6)]
     assert all(sorted(epoch) == IMAGES.tolist() for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert keys(DistillOptions(batch=3, accumulate=2, seed=6), 0, 20) != keys(OPTIONS, 0, 20)
