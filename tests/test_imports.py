@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from edgesam_deploy.cli import COMMANDS
+
 PACKAGE = Path(__file__).resolve().parent.parent / "edgesam_deploy"
 PHOTO = PACKAGE / "assets" / "photos" / "verify" / "duck.jpg"
 
@@ -25,8 +27,6 @@ HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "onnxs
 
 SCRIPT = """
 import json, sys
-
-from edgesam_deploy.cli import COMMANDS
 before = set(sys.modules)
 try:
     {statement}

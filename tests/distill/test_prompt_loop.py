@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the export extra")
 
 from edgesam_deploy.contract import LABEL_BOX_TOP_LEFT, LABEL_FOREGROUND, LABEL_PADDING
-from edgesam_deploy.distill.objectives import Objective, embedding_loss
+from edgesam_deploy.distill.objectives import TeacherObjective, embedding_loss
 from edgesam_deploy.distill.options import DistillOptions
 from edgesam_deploy.distill.prompt_loop import PromptLoop, Prompts, _box, _refine, mask_loss
 from edgesam_deploy.models import build_model, reference_predictor
@@ -136,8 +136,8 @@ def test_the_embedding_counts_beside_masks(teacher: Any, recipe: Recipe, embeddi
     values = {}
     for weight in (0.0, 2.0):
         options = DistillOptions(rounds=1, prompts=2, embedding_weight=weight)
-        loss, cosine = Objective(student, recipe, teacher, recipe, options)(images, embedding, DRAW)
+        loss, cosine = TeacherObjective(student, recipe, teacher, recipe, options)(images, embedding, DRAW)
         values[weight] = loss.item()
         assert -1 <= cosine.item() <= 1
-    found = Objective(student, recipe, teacher, recipe, DistillOptions()).encoder(images)
+    found = TeacherObjective(student, recipe, teacher, recipe, DistillOptions()).encoder(images)
     assert values[2.0] - values[0.0] == pytest.approx(2 * embedding_loss("huber", found, embedding).item(), rel=1e-4)
