@@ -42,7 +42,7 @@ def training_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--amp", type=click.Choice(["off", "bf16", "fp16"]), default="off", show_default=True),
         click.option("--freeze-norm", is_flag=True, help="Keep batch statistics as they are."),
         click.option("--held", type=click.IntRange(1), default=32, show_default=True, help="Images kept to validate."),
-        click.option("--prompts", type=positive, default=8, show_default=True, help="Per image; distill: with --rounds."),
+        click.option("--prompts", type=positive, default=8, show_default=True, help="Per image (distill: in rounds)."),
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
         click.option("--half", is_flag=True, help="Write the checkpoint in float16."),
         click.option("--max-hours", type=above_zero, help="Stop then; the same command goes on."),
