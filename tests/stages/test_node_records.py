@@ -193,7 +193,10 @@ def test_blocks_and_their_cost(sources: dict[str, Path]) -> None:
     block_of = {name: attention if attention in name else layer for name in names if name.startswith(layer)}
     records = node_records(graph, graph, None, names, {attention: 0.02, layer: 0.01}, block_of)
     blocks = {r.node: r.block for r in records}
-    assert blocks["mask_decoder.transformer.layers.0/node_add_9"] == layer
+    # The exporter's numbers behind "node_add_" change with its version.
+    sums = [block for node, block in blocks.items() if node.startswith(f"{layer}/node_add_")]
+    assert sums
+    assert set(sums) == {layer}
     assert blocks["mask_decoder.transformer.layers.0.self_attn/node_softmax"] == attention
     assert blocks["/node_sin"] == TOP
     second = [block for node, block in blocks.items() if node.startswith("mask_decoder.transformer.layers.1.")]
