@@ -5,8 +5,8 @@
 DIR of --data holds the packs that the README's reference model was trained on (bsds500, coco-subset, ecssd, sod-masks,
 imagenet-sample); --work keeps the runs, which go on where they stopped. Writes benchmarks/results/distill/
 experiments.json, an entry per experiment: commands, origin, seconds, loss and agreement over training, and `sam-export
-eval` on coco-subset/val: mIoU with the true mask, and agreement with the teacher's masks for the same prompts. Only
-train splits are learnt from, and of imagenet-sample the three quarters that are not for calibration.
+eval` on coco-subset/val: mIoU with the true mask, and agreement with the teacher's masks for the same prompts. No
+evaluation split is learnt from, and of imagenet-sample only the three quarters that are not for calibration.
 """
 
 from __future__ import annotations

@@ -23,17 +23,19 @@ def experiments() -> list[str]:
     result = found()
     if not result:
         return []
-    header = ["experiment", "encoder GMACs", "minutes", "updates", "agreement: click", "box", "mIoU, true box",
+    header = ["experiment", "encoder GMACs", "minutes", "updates", "agreement: click", "box", "mIoU, annotated box",
               "small", "medium", "large", "one click, by predicted IoU"]  # fmt: skip
     rows = [["the teacher: reference", *_teacher(result)]]
     rows += [_row(name, entry) for name, entry in result["experiments"].items()]
-    images = next(iter(result["experiments"].values()))["run"]["images"]
+    run = next(iter(result["experiments"].values()))["run"]
+    threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
     commands = [f"`{entry['command']}`" for entry in result["experiments"].values()]
     return [
-        "**Trainings**, each a few commands on one core of two, beside other work, so minutes are upper bounds. "
+        f"**Trainings**, each a few commands, on {threads} beside other work: minutes, of the updates alone, are upper "
+        "bounds. "
         "Agreement: mIoU with the teacher's masks to the same prompts, on all objects of coco-subset/val, which no run "
         "has seen; mIoU: with the true masks there (95 % interval). Before → after. Distilled from "
-        f"{images} photographs without labels. Source: `benchmarks/results/distill/experiments.json`, "
+        f"{run['images']} photographs without labels. Source: `benchmarks/results/distill/experiments.json`, "
         "`distillation.py`.",
         "",
         *table(header, rows),

@@ -82,6 +82,7 @@ def command(
         from edgesam_deploy.distill.distill import Job, distill
         from edgesam_deploy.distill.distributed import join
         from edgesam_deploy.distill.options import DistillOptions
+        from edgesam_deploy.distill.teacher import check_pair
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
     own = ("loss", "colours", "views", "rounds", "embedding_weight", "decoder_learns")
@@ -91,11 +92,12 @@ def command(
     with ExitStack() as stack:
         world = stack.enter_context(join(given["device"]))
         who, model, recipe = stack.enter_context(_teacher(teacher, weights, world.device, threads))
-        corpus = Corpus(images)
+        recipe_of_student, corpus = load_recipe(student), Corpus(images)
+        check_pair(recipe_of_student, who)
         if given["skip_damaged"]:
             corpus = _readable(corpus, output, threads, world)
         job = Job(
-            student=load_recipe(student),
+            student=recipe_of_student,
             teacher=who,
             model=model,
             recipe=recipe,

@@ -77,6 +77,7 @@ def command(
 
 
 def _open(text: str) -> Dataset:
+    from edgesam_deploy.errors import InputError
     from edgesam_deploy.measure.datasets import DatasetOptions, open_dataset
 
     where, mark, images = text.rpartition("@")
@@ -84,7 +85,10 @@ def _open(text: str) -> Dataset:
         where, images = text, ""
     # Small regions of label maps are what small objects are learnt from.
     how = DatasetOptions(images=Path(images) if images else None, min_share=0.0, skip_empty=True)
-    return open_dataset(where, how)
+    try:
+        return open_dataset(where, how)
+    except InputError as error:  # eval has one folder of images for all, and an option for it
+        raise InputError(str(error).replace("--images", "LAYOUT:PATH@IMAGES")) from error
 
 
 def _describe(found: TruthScore) -> str:

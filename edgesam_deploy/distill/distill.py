@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,15 +22,18 @@ from edgesam_deploy.distill.corpus import Corpus
 from edgesam_deploy.distill.distributed import World
 from edgesam_deploy.distill.objectives import TeacherObjective
 from edgesam_deploy.distill.options import DistillOptions
-from edgesam_deploy.distill.records import STUDENT, Book, Listener, Records, nothing
+from edgesam_deploy.distill.records import Listener, Outcome, Records, carry_out, done_before
 from edgesam_deploy.distill.samples import Frame, Pairs, split, updates
 from edgesam_deploy.distill.teacher import Teacher, check_pair
-from edgesam_deploy.distill.training import Batch, Prepare, Run, train
+from edgesam_deploy.distill.training import Batch, Prepare, Run, Work
 from edgesam_deploy.errors import InputError
 from edgesam_deploy.files import clean_unfinished, sha256_file
 from edgesam_deploy.models import build_model
 from edgesam_deploy.models.checkpoint import load_model
 from edgesam_deploy.recipe import Recipe
+
+# What a validation is called in a run's record.
+KIND = "agreement"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,43 +88,31 @@ def distill(job: Job, world: World, listener: Listener) -> DistillResult:
     images, held = split(len(job.corpus), job.options.held)
     total = updates(len(images), job.options, world.size)
     identity = _identity(job, world, total)
-    records, path = job.records, job.records.output / STUDENT
-    if (done := records.finished(identity)) is not None:
-        listener.say(f"{records.output} holds this run, finished")
-        agreement = Agreement(**done["agreement"])
-        return DistillResult(
-            True, total, total, len(images), float(done["seconds"]), agreement, path, done["checkpoint_sha256"]
-        )
-    records.make_folder(world)
-    cache = _fill(job, world, listener) if job.cache is not None else None
+    done = done_before(job.records, identity, KIND, Agreement)
+    if done is not None:
+        listener.say(f"{job.records.output} holds this run, finished")
+        return _result(done, len(images))
+    job.records.make_folder(world)
+    cache = _fill(job, job.cache, world, listener) if job.cache is not None else None
     student = _student(job)
     objective = TeacherObjective(student, job.student, job.model, job.recipe, job.options)
     # Not every candidate of the decoder is asked for in every update: such parameters get no gradient.
     run = Run(student, _learners(student, job.options), objective, job.options, total, world, identity,
               sparing=job.options.decoder_learns)  # fmt: skip
-    if records.state.exists():
-        run.resume(records.state)
-        listener.say(f"going on at update {run.step} of {total}")
-    world.wait()
-    book = None
-    if world.first:
-        judge = Judge(job.corpus, held.tolist(), job.teacher, job.model, job.recipe, world.device)
-        book = Book(records, run, listener, lambda model, picture: judge(model, job.student, picture), "agreement")
-        book.begin()
     frames = [Frame(recipe.geometry, recipe.pixels) for recipe in (job.student, job.teacher)]
     pairs = Pairs(job.corpus, frames[0], frames[1], job.options, cache)
-    finished = run.step == total or train(
-        run, pairs, images, _prepare(job.teacher, cache is not None, world.device), records.state,
-        records.pause.after(time.monotonic() - started), records.workers, book.after if book is not None else nothing,
-    )  # fmt: skip
-    result = DistillResult(finished, run.step, total, len(images), run.seconds, Agreement(0, 0, 0, 0, 0), path, "")
-    if book is not None:
-        out = book.end(finished)
-        result = DistillResult(
-            finished, out.step, total, len(images), out.seconds, out.found, out.checkpoint, out.sha256
-        )
-    world.wait()
-    return result
+    work = Work(pairs, images, _prepare(job.teacher, cache is not None, world.device))
+
+    def judge() -> Callable[[nn.Module, Path], Agreement]:
+        ask = Judge(job.corpus, held.tolist(), job.teacher, job.model, job.recipe, world.device)
+        return lambda model, picture: ask(model, job.student, picture)
+
+    pause = job.records.pause.after(time.monotonic() - started)
+    return _result(carry_out(run, work, job.records, listener, judge, KIND, pause), len(images))
+
+
+def _result(out: Outcome, images: int) -> DistillResult:
+    return DistillResult(out.finished, out.step, out.total, images, out.seconds, out.found, out.checkpoint, out.sha256)
 
 
 def _learners(student: nn.Module, options: DistillOptions) -> list[nn.Module]:
@@ -139,19 +131,18 @@ def _prepare(teacher: Teacher, cached: bool, device: torch.device) -> Prepare:
     return prepare
 
 
-def _fill(job: Job, world: World, listener: Listener) -> TeacherCache:
-    assert job.cache is not None
+def _fill(job: Job, folder: Path, world: World, listener: Listener) -> TeacherCache:
     if not world.first:
         world.wait()  # the first writes what the cache is of
-    cache = TeacherCache(job.cache, job.teacher, job.corpus, job.shard_size)
+    cache = TeacherCache(folder, job.teacher, job.corpus, job.shard_size)
     if world.first:
-        clean_unfinished(job.cache)
+        clean_unfinished(folder)
         world.wait()
     made = cache.fill(job.teacher_batch, world.rank, world.size, listener.say, listener.cached)
     world.wait()
     if world.first:
         whole = cache.bytes / 1e6
-        listener.say(f"teacher embeddings in {job.cache}: {cache.shards} shards, {whole:.0f} MB, {made} of them new")
+        listener.say(f"teacher embeddings in {folder}: {cache.shards} shards, {whole:.0f} MB, {made} of them new")
     return cache
 
 

@@ -23,9 +23,9 @@ from edgesam_deploy.distill.agreement import View, draw_views
 from edgesam_deploy.distill.distributed import World
 from edgesam_deploy.distill.labelled import Labelled, Source
 from edgesam_deploy.distill.options import FinetuneOptions
-from edgesam_deploy.distill.records import STUDENT, Book, Listener, Records, nothing
+from edgesam_deploy.distill.records import Listener, Outcome, Records, carry_out, done_before
 from edgesam_deploy.distill.samples import Key, updates
-from edgesam_deploy.distill.training import Batch, Prepare, Run, train
+from edgesam_deploy.distill.training import Batch, Prepare, Run, Work
 from edgesam_deploy.distill.truth_objective import TruthObjective
 from edgesam_deploy.distill.views import Sample, Settings, draw, draw_shapes
 from edgesam_deploy.errors import InputError
@@ -37,6 +37,8 @@ from edgesam_deploy.recipe import Recipe
 
 # N, tokens of a prompt, and how often a micro-step uses it. 2: boxes and single clicks; more: clicks, or both.
 TOKENS = {2: 0.82, 3: 0.1, 4: 0.05, 6: 0.03}
+# What a validation is called in a run's record.
+KIND = "held_out"
 # Prompts of each kind for an image of the validation, and how many images are drawn.
 VALIDATED, DRAWN = 12, 4
 
@@ -99,40 +101,27 @@ def finetune(job: FinetuneJob, world: World, listener: Listener) -> FinetuneResu
     images, held = job.images.split(job.options.held)
     total = updates(len(images), job.options, world.size)
     identity = _identity(job, world, total)
-    records, path = job.records, job.records.output / STUDENT
-    if (done := records.finished(identity)) is not None:
-        listener.say(f"{records.output} holds this run, finished")
-        score = TruthScore(**done["held_out"])
-        return FinetuneResult(
-            True, total, total, len(images), float(done["seconds"]), score, path, done["checkpoint_sha256"]
-        )
-    records.make_folder(world)
+    done = done_before(job.records, identity, KIND, TruthScore)
+    if done is not None:
+        listener.say(f"{job.records.output} holds this run, finished")
+        return _result(done, len(images))
     model = load_model(job.recipe, job.init) if job.init is not None else build_model(job.recipe)
     objective = TruthObjective(model, job.recipe, job.options)
     _resize(cast(Sam, model), job.size, job.settings().mask_size // MASK_UPSCALE)
+    _check_size(objective, job)
+    job.records.make_folder(world)
     # Of a prompt's parts only those that are asked for get a gradient.
     run = Run(model, _learners(cast(Sam, model), job.options.learn), objective, job.options, total, world, identity,
               sparing=True)  # fmt: skip
-    if records.state.exists():
-        run.resume(records.state)
-        listener.say(f"going on at update {run.step} of {total}")
-    world.wait()
-    book = None
-    if world.first:
-        book = Book(records, run, listener, TruthJudge(job, held, world.device), "held_out")
-        book.begin()
-    finished = run.step == total or train(
-        run, Views(job.images, images, job.options, job.settings()), images, _prepare(world.device), records.state,
-        records.pause, records.workers, book.after if book is not None else nothing,
-    )  # fmt: skip
-    result = FinetuneResult(finished, run.step, total, len(images), run.seconds, TruthScore(0, 0, 0), path, "")
-    if book is not None:
-        out = book.end(finished)
-        result = FinetuneResult(
-            finished, out.step, total, len(images), out.seconds, out.found, out.checkpoint, out.sha256
-        )
-    world.wait()
-    return result
+    work = Work(Views(job.images, images, job.options, job.settings()), images, _prepare(world.device))
+    out = carry_out(
+        run, work, job.records, listener, lambda: TruthJudge(job, held, world.device), KIND, job.records.pause
+    )
+    return _result(out, len(images))
+
+
+def _result(out: Outcome, images: int) -> FinetuneResult:
+    return FinetuneResult(out.finished, out.step, out.total, images, out.seconds, out.found, out.checkpoint, out.sha256)
 
 
 class Views(Dataset[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]):
@@ -238,6 +227,19 @@ def _resize(sam: Sam, size: int, embedding_size: int) -> None:
     """The weights do not depend on the size; only these do."""
     sam.prompt_encoder.input_image_size = (size, size)
     sam.prompt_encoder.image_embedding_size = (embedding_size, embedding_size)
+
+
+@torch.no_grad()
+def _check_size(objective: TruthObjective, job: FinetuneJob) -> None:
+    """Raises InputError for an encoder whose positions are learnt for another size."""
+    objective.eval()
+    try:
+        objective.encoder(torch.zeros(1, 3, job.size, job.size, dtype=torch.uint8))
+    except RuntimeError as error:
+        raise InputError(
+            f"the encoder of '{job.recipe.name}' takes no images of {job.size} pixels, only of its own "
+            f"{job.recipe.geometry.image_size}: leave out --image-size ({' '.join(str(error).split())[:120]})"
+        ) from error
 
 
 def _identity(job: FinetuneJob, world: World, total: int) -> str:

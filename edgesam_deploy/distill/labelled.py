@@ -40,9 +40,17 @@ class Labelled:
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._images = [image for dataset in datasets for image in dataset.images]
-        self._photographs = sorted({image.path.resolve() for image in self._images})
-        if len(self._photographs) < 2:
-            raise InputError(f"expected at least 2 photographs to learn from, got {len(self._photographs)}")
+        # What is held out together: a photograph in all datasets that have it, or a sequence, whose frames are alike.
+        self._together = [
+            f"{dataset.name}/{image.group}" if dataset.by_group else str(image.path.resolve())
+            for dataset in datasets
+            for image in dataset.images
+        ]
+        if len(set(self._together)) < 2:
+            raise InputError(
+                f"expected at least 2 photographs or sequences to learn from and to validate on, got "
+                f"{len(set(self._together))}: give more images"
+            )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -60,16 +68,17 @@ class Labelled:
         return Source(entry.name, Image.fromarray(pixels), layers)
 
     def split(self, held: int) -> tuple[Numbers, Numbers]:
-        """Numbers to train on and to validate on; a photograph that several datasets have is on one side alone."""
-        place = {path: number for number, path in enumerate(self._photographs)}
-        of_image = np.array([place[image.path.resolve()] for image in self._images])
-        held_out = split(len(self._photographs), held)[1]
+        """Numbers to train on and to validate on. A photograph that several datasets have, and a sequence of frames, is
+        on one side alone; a copy of a photograph elsewhere counts as another one."""
+        place = {name: number for number, name in enumerate(sorted(set(self._together)))}
+        of_image = np.array([place[name] for name in self._together])
+        held_out = split(len(place), held)[1]
         numbers = np.arange(len(self._images), dtype=np.int64)
         is_held = np.isin(of_image, held_out)
         return numbers[~is_held], numbers[is_held]
 
     def digest(self) -> str:
-        """sha256 over names, sizes and annotations: another set of images or masks gives another one."""
+        """sha256 over names, sizes in bytes and COCO annotations: another set of files gives another one."""
         found = hashlib.sha256()
         for image in self._images:
             found.update(f"{image.name} {image.path.stat().st_size} {_fingerprint(image.truth)}\n".encode())
@@ -77,7 +86,7 @@ class Labelled:
 
 
 def label_map(targets: Sequence[Target], hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """(H,W) uint8 of the targets, from large to small so that small ones stay whole; 255 of them at most."""
+    """(H,W) uint8 of the targets, the 255 largest at most: where masks overlap, the smaller is in front."""
     labels = np.zeros(hw, np.uint8)
     largest = sorted(targets, key=lambda target: -int(np.count_nonzero(target.mask)))
     for label, target in enumerate(largest[:MAX_LABEL], start=1):

@@ -24,7 +24,7 @@ from torch import nn
 
 from edgesam_deploy.distill.distributed import World
 from edgesam_deploy.distill.half import half_precision
-from edgesam_deploy.distill.training import Pause, Run, StepResult
+from edgesam_deploy.distill.training import Pause, Run, StepResult, Work, train
 from edgesam_deploy.errors import OutputError
 from edgesam_deploy.files import clean_unfinished, sha256_file, write_bytes, write_json
 from edgesam_deploy.measure.latency import machine
@@ -62,7 +62,8 @@ class Records:
         """The record of this very run, if it came to its end and the checkpoint is still the one it wrote."""
         try:
             found: dict[str, Any] = json.loads((self.output / RECORD).read_text(encoding="utf-8"))
-            same = found["finished"] and all(found[name] == value for name, value in json.loads(identity).items())
+            same = found["finished"] and found["half"] == self.half
+            same = same and all(found[name] == value for name, value in json.loads(identity).items())
             return found if same and sha256_file(self.output / STUDENT) == found["checkpoint_sha256"] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -84,7 +85,8 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """finished: False where the time limit came first. checkpoint: from an unfinished run too. found: validation."""
+    """finished: False where the time limit came first. checkpoint: from an unfinished run too. found: the validation's
+    figures; None of a process that is not the first."""
 
     finished: bool
     step: int
@@ -134,7 +136,8 @@ class Book:
         torch.save(half_precision(run.average) if records.half else run.average.state_dict(), buffer)
         write_bytes(path, buffer.getvalue())
         digest = sha256_file(path)
-        record = {**json.loads(run.identity), "step": run.step, "finished": finished, "seconds": round(run.seconds, 1),
+        record = {**json.loads(run.identity), "step": run.step, "finished": finished, "half": records.half,
+                  "seconds": round(run.seconds, 1),
                   self._kind: asdict(found), "checkpoint_sha256": digest, "device": str(run.world.device),
                   "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": machine()}  # fmt: skip
         write_json(records.output / RECORD, record)
@@ -166,7 +169,48 @@ class Book:
         return found
 
 
-def nothing(result: StepResult) -> None:
+def done_before(records: Records, identity: str, kind: str, figures: Callable[..., Any]) -> Outcome | None:
+    """What this very run gave when it came to its end in this folder; None if it did not. figures: made of the record's
+    ``kind``."""
+    found = records.finished(identity)
+    if found is None:
+        return None
+    step, seconds, digest = int(found["step"]), float(found["seconds"]), str(found["checkpoint_sha256"])
+    return Outcome(True, step, step, seconds, figures(**found[kind]), records.output / STUDENT, digest)
+
+
+def carry_out(
+    run: Run,
+    work: Work,
+    records: Records,
+    listener: Listener,
+    judge: Callable[[], Callable[[nn.Module, Path], Any]],
+    kind: str,
+    pause: Pause,
+) -> Outcome:
+    """``run`` from where its state in the folder is, to its end or time limit.
+
+    judge: makes the ``Book``'s, in the first process alone.
+    """
+    world = run.world
+    if records.state.exists():
+        run.resume(records.state)
+        listener.say(f"going on at update {run.step} of {run.total}")
+    world.wait()
+    book = Book(records, run, listener, judge(), kind) if world.first else None
+    if book is not None:
+        book.begin()
+    finished = run.step == run.total or train(
+        run, work, records.state, pause, records.workers, book.after if book is not None else _nothing
+    )
+    result = Outcome(finished, run.step, run.total, run.seconds, None, records.output / STUDENT, "")
+    if book is not None:
+        result = book.end(finished)
+    world.wait()
+    return result
+
+
+def _nothing(result: StepResult) -> None:
     """What processes but the first do after an update."""
 
 

@@ -202,11 +202,19 @@ class Pause:
         return self if self.limit is None else Pause(self.seconds, max(0.0, self.limit - spent))
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run learns from. samples: by the keys of ``samples.Steps``; images: their numbers; prepare: a loaded batch
+    as the objective takes it."""
+
+    samples: Dataset[Any]
+    images: npt.NDArray[np.int64]
+    prepare: Prepare
+
+
 def train(
     run: Run,
-    samples: Dataset[Any],
-    images: npt.NDArray[np.int64],
-    prepare: Prepare,
+    work: Work,
     state: Path,
     pause: Pause,
     workers: int,
@@ -217,20 +225,19 @@ def train(
     So it is when the process is asked to stop (Ctrl-C, SIGTERM): KeyboardInterrupt comes after the update that was
     under way.
 
-    samples: by the keys of ``samples.Steps``; images: their numbers. after: called with every update's result, by
-    every process.
+    after: called with every update's result, by every process.
     """
     world, started, spent = run.world, time.monotonic(), run.seconds
     saved = started
-    sampler = Steps(images, run.options, run.step, run.total, world.rank, world.size)
+    sampler = Steps(work.images, run.options, run.step, run.total, world.rank, world.size)
     loader = DataLoader(
-        samples, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
+        work.samples, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
         worker_init_fn=_let_the_first_decide,
         generator=torch.Generator(),  # not the global one, whose state a resumed run has taken over
     )  # fmt: skip
     with _asked_to_stop() as asked:
         for batches in _grouped(_loaded(loader), run.options.accumulate):
-            result = run.update(batches, prepare)
+            result = run.update(batches, work.prepare)
             now = time.monotonic()
             run.seconds = spent + now - started
             stopped = world.any(asked.is_set())
@@ -257,7 +264,9 @@ def _asked_to_stop() -> Iterator[Event]:
         signal.signal(number, before[number])
 
     if current_thread() is main_thread():  # Python takes handlers from no other
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        every = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A job in the background ignores Ctrl-C; a handler that is not Python's (None) could not be put back.
+        before = {number: handler for number, handler in every.items() if handler not in (signal.SIG_IGN, None)}
         for number in before:
             signal.signal(number, note)
     try:
@@ -268,8 +277,9 @@ def _asked_to_stop() -> Iterator[Event]:
 
 
 def _let_the_first_decide(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; loaders end with the process they load for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals may reach every process of a group; loaders end with the process they load for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @torch.no_grad()

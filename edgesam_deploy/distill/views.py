@@ -127,7 +127,7 @@ def _view(rng: np.random.Generator, source: Source, settings: Settings) -> tuple
         scale = scale * np.exp(rng.uniform(np.log(0.6), np.log(2.2))) * np.exp(rng.uniform(-0.12, 0.12, 2))
     box, paste, target = [0.0, 0.0, float(width), float(height)], [0, 0], [0, 0]
     for axis, length in enumerate((width, height)):
-        scaled = round(length * scale[axis])
+        scaled = max(1, round(length * scale[axis]))
         target[axis] = min(scaled, size)
         if scaled > size:
             box[axis] = rng.uniform(0, length - size / scale[axis])
