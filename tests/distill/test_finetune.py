@@ -291,6 +291,17 @@ def test_a_finished_run_is_written_again_in_the_other_type(words: list[str], tmp
     assert all(v.dtype == torch.float16 for v in state.values() if v.is_floating_point())
 
 
+def test_a_validation_leaves_nothing_in_the_network(datasets: list[str], tmp_path: Path) -> None:
+    """MobileSAM's attention keeps its biases when it is asked in eval mode."""
+    text = (Path(__file__).resolve().parents[2] / "export" / "mobile_sam.toml").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.startswith(("image_size", "prompt_size", "embedding_size")):
+            text = text.replace(line, f"{line.partition('=')[0]}= {8 if line.startswith('embedding') else 128}")
+    (tmp_path / "mobile.toml").write_text(text, encoding="utf-8")
+    words = [tmp_path / "mobile.toml", "--dataset", datasets[0], *SHORT, "--check-every", 1, "--epochs", 2]
+    assert answer(*words, "-o", tmp_path / "run")["total"] == 2
+
+
 def test_an_encoder_of_one_size_is_named(datasets: list[str], tmp_path: Path) -> None:
     result = run("sam_vit_b", "--dataset", datasets[0], "--image-size", 64, "-o", tmp_path, *SHORT)
     assert result.exit_code == 2, result.output
