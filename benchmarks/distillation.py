@@ -107,10 +107,8 @@ def words_of(name: str, work: Path, data: Path, threads: int) -> list[str]:
         words += ["--init", experiment.recipe.replace(".toml", ".pt")]
     if experiment.command == "distill":
         words += ["--teacher", TEACHER, "--cache", "cache"]
-        given, option = (IMAGES,), "--images"
-    else:
-        given, option = LABELLED, "--dataset"
-    return words + [part for text in given for part in (option, text.format(data=data))]
+        return [*words, "--images", IMAGES]
+    return words + [part for text in LABELLED for part in ("--dataset", text.format(data=data))]
 
 
 def link_images(work: Path, data: Path) -> None:
