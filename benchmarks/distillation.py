@@ -42,7 +42,7 @@ LABELLED = ("coco:{data}/coco-subset/instances_train.json", "coco:{data}/coco-su
 @dataclass(frozen=True, slots=True)
 class Experiment:
     """recipe: of the student, from ``pruned`` where that is a share; commands: the run's, without what all share; init:
-    "pruned" weights, those of another experiment, or None for random ones."""
+    "pruned" weights, the name of the experiment whose student it goes on from, or None for random ones."""
 
     about: str
     command: str
@@ -61,6 +61,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "quarter": Experiment(
         "a quarter of the teacher's encoder MACs, from the pruned teacher, decoupled", "distill", 0.76, "pruned",
         ("--epochs", "10", "--batch", "4", "--lr", "1e-3", "--warmup", "100", "--colours", "0.3", "--ema", "0.998"),
+    ),
+    "continued": Experiment(
+        "the same student, the same way, five more epochs", "distill", 0.76, "quarter",
+        ("--epochs", "5", "--batch", "4", "--lr", "7e-4", "--warmup", "50", "--colours", "0.15", "--ema", "0.999"),
     ),
     "decoupled": Experiment(
         "the same student from random weights, decoupled", "distill", 0.76, None,
@@ -98,13 +102,17 @@ def prune(work: Path, share: float, threads: int) -> dict[str, Any]:
     return content
 
 
+def checkpoint_before(experiment: Experiment) -> str:
+    return experiment.recipe.replace(".toml", ".pt") if experiment.init == "pruned" else f"{experiment.init}/student.pt"
+
+
 def words_of(name: str, work: Path, data: Path, threads: int) -> list[str]:
     """The command of an experiment's run, as it is recorded."""
     experiment = EXPERIMENTS[name]
     words = [experiment.command, experiment.recipe, "-o", name, *experiment.options, "--held", "32", "--half",
              "--threads", str(threads), "--log-every", "10", "--check-every", "200"]  # fmt: skip
-    if experiment.init == "pruned":
-        words += ["--init", experiment.recipe.replace(".toml", ".pt")]
+    if experiment.init is not None:
+        words += ["--init", checkpoint_before(experiment)]
     if experiment.command == "distill":
         words += ["--teacher", TEACHER, "--cache", "cache"]
         return [*words, "--images", IMAGES]
@@ -152,8 +160,8 @@ def run(name: str, work: Path, data: Path, threads: int) -> dict[str, Any]:
     record = json.loads((work / name / "run.json").read_text(encoding="utf-8"))
     entry["run"] = {k: v for k, v in record.items() if k not in ("machine",)}
     entry["log"], entry["checks"] = curve(work / name / "log.csv"), curve(work / name / "checks.csv")
-    if experiment.init == "pruned":
-        entry["before"] = evaluated(work, data, experiment.recipe, experiment.recipe.replace(".toml", ".pt"))
+    if experiment.init is not None:
+        entry["before"] = evaluated(work, data, experiment.recipe, checkpoint_before(experiment))
     entry["after"] = evaluated(work, data, experiment.recipe, f"{name}/student.pt")
     return entry
 
