@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import readme_distill
 import readme_experiments
 import readme_families
 import readme_survey
@@ -309,6 +310,8 @@ IN_README = (readme_survey.short, agreement, precision, int8_speed, speed, estim
 IN_RESULTS = (
     readme_survey.whole,
     readme_experiments.experiments,
+    readme_distill.proof,
+    readme_distill.scale,
     readme_families.families,
     profiles,
     parity,
