@@ -22,13 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from counts import count
+from distill_runs import write_recipe
+
 from edgesam_deploy.files import write_json
 from edgesam_deploy.measure.latency import machine
+from edgesam_deploy.recipe import load_recipe
 from edgesam_deploy.stages.cache import tool_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "benchmarks" / "results" / "distill" / "experiments.json"
 TEACHER = "reference"
+# Pixels, the teacher's.
+SIZE = 512
 # Points of a curve that are kept.
 POINTS = 60
 # Photographs alone: folders of packs have label maps beside them.
@@ -41,43 +47,54 @@ LABELLED = ("coco:{data}/coco-subset/instances_train.json", "coco:{data}/coco-su
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """recipe: of the student, from ``pruned`` where that is a share; commands: the run's, without what all share; init:
-    "pruned" weights, the name of the experiment whose student it goes on from, or None for random ones."""
+    """pruned: the share of the teacher that the student lacks; backbone: of a student of its own; init: "pruned"
+    weights, the name of the experiment whose student it goes on from, or None for random ones; options: of the command,
+    without what all runs share."""
 
     about: str
     command: str
     pruned: float | None = None
+    backbone: str | None = None
     init: str | None = None
     options: tuple[str, ...] = field(default=())
 
     @property
     def recipe(self) -> str:
-        return (
-            TEACHER if self.pruned is None else f"pruned-{self.pruned}/{TEACHER}_pruned{round(100 * self.pruned)}.toml"
-        )
+        if self.pruned is not None:
+            return f"pruned-{self.pruned}/{TEACHER}_pruned{round(100 * self.pruned)}.toml"
+        return f"students/{self.backbone}.toml"
 
 
 EXPERIMENTS: dict[str, Experiment] = {
     "quarter": Experiment(
-        "a quarter of the teacher's encoder MACs, from the pruned teacher, decoupled", "distill", 0.76, "pruned",
+        "a quarter of the teacher's encoder MACs, from the pruned teacher, decoupled", "distill", 0.76, None, "pruned",
         ("--epochs", "10", "--batch", "4", "--lr", "1e-3", "--warmup", "100", "--colours", "0.3", "--ema", "0.998"),
     ),
     "continued": Experiment(
-        "the same student, the same way, five more epochs", "distill", 0.76, "quarter",
+        "the same student, the same way, five more epochs", "distill", 0.76, None, "quarter",
         ("--epochs", "5", "--batch", "4", "--lr", "7e-4", "--warmup", "50", "--colours", "0.15", "--ema", "0.999"),
     ),
     "decoupled": Experiment(
-        "the same student from random weights, decoupled", "distill", 0.76, None,
+        "the same student from random weights, decoupled", "distill", 0.76, None, None,
         ("--epochs", "2", "--batch", "4", "--lr", "2e-3", "--warmup", "50", "--colours", "0.3", "--ema", "0.998"),
     ),
     "scratch": Experiment(
-        "the same student and its decoder from random weights, on true masks alone", "finetune", 0.76, None,
+        "the same student and its decoder from random weights, on true masks alone", "finetune", 0.76, None, None,
         ("--epochs", "0.7", "--batch", "2", "--prompts", "8", "--lr", "5e-4", "--warmup", "30", "--ema", "0.99"),
     ),
     "recovery": Experiment(
-        "the teacher less 30 % of its encoder's MACs, recovered by distillation", "distill", 0.3, "pruned",
+        "the teacher less 30 % of its encoder's MACs, recovered by distillation", "distill", 0.3, None, "pruned",
         ("--epochs", "2", "--batch", "4", "--lr", "5e-4", "--warmup", "50", "--colours", "0.3", "--ema", "0.998"),
     ),
+}  # fmt: skip
+# Of one teacher, under one budget, as many families of backbones.
+BACKBONES = ("mobilenetv4_conv_small", "efficientvit_b0", "tf_efficientnetv2_b0", "repvit_m1", "hgnetv2_b0")
+EXPERIMENTS |= {
+    backbone: Experiment(
+        "a student of this backbone, from random weights, decoupled", "distill", None, backbone, None,
+        ("--epochs", "1", "--batch", "4", "--lr", "2e-3", "--warmup", "30", "--colours", "0.3", "--ema", "0.995"),
+    )
+    for backbone in BACKBONES
 }  # fmt: skip
 
 
@@ -154,6 +171,9 @@ def run(name: str, work: Path, data: Path, threads: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"about": experiment.about}
     if experiment.pruned is not None:
         entry["pruned"] = prune(work, experiment.pruned, threads)
+    elif experiment.backbone is not None:
+        recipe = load_recipe(str(write_recipe(work / experiment.recipe, SIZE, experiment.backbone)))
+        entry["encoder_macs"] = count(recipe).encoder_macs
     words = words_of(name, work, data, threads)
     call(work, threads, *words)
     entry["command"] = shlex.join(["sam-export", *words]).replace(str(data), "DATA")

@@ -88,7 +88,7 @@ def _teacher(result: Row) -> list[str]:
 
 def _row(name: str, entry: Row) -> list[str]:
     run, before, after = entry["run"], entry.get("before"), entry["after"]
-    cells = [f"{name}: {entry['about']}", f"{entry['pruned']['macs_after'] / 1e9:.2f}", f"{run['seconds'] / 60:.0f}",
+    cells = [f"{name}: {entry['about']}", f"{encoder_macs(entry) / 1e9:.2f}", f"{run['seconds'] / 60:.0f}",
              str(run["step"])]  # fmt: skip
     for prompt in (CLICK, BOX):
         answers = [_figure(each, "agreement", prompt, None) for each in (before, after)]
@@ -104,6 +104,10 @@ def _truth(before: Row | None, after: Row) -> list[str]:
         cells.append(f"{boxes[1]['by_size'][size]['miou']:.3f}" if boxes[1] else NONE)
     clicks = [_figure(each, "truth", CLICK, BY_PREDICTED) for each in (before, after)]
     return [*cells, _arrow(*(f"{c['miou']:.3f}" if c else None for c in clicks))]
+
+
+def encoder_macs(entry: Row) -> int:
+    return int(entry["pruned"]["macs_after"] if "pruned" in entry else entry["encoder_macs"])
 
 
 def _arrow(before: str | None, after: str | None) -> str:

@@ -163,7 +163,7 @@ def build(entry: Entry, options: argparse.Namespace) -> None:
 
     recipe = load_recipe(entry.recipe)
     make_random(entry)
-    ways, _ = ways_here()
+    ways = entry.measured()
     for name in dict.fromkeys(way.bundle for way in ways if way.bundle is not None):
         say(f"{entry.label}: {name}")
         make_bundle(entry, recipe, name, options.again)

@@ -65,7 +65,8 @@ def ways_here() -> tuple[list[Way], dict[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One model; see survey.toml. folder: of its bundles and evaluations. teacher: a recipe or a bundle's folder."""
+    """One model; see survey.toml. folder: of its bundles and evaluations. teacher: a recipe or a bundle's folder.
+    ways: names of those that are measured, None for all."""
 
     label: str
     recipe: str
@@ -74,6 +75,7 @@ class Entry:
     random_weights: bool = False
     teacher: str | None = None
     teacher_checkpoint: Path | None = None
+    ways: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.label, re.ASCII):
@@ -82,6 +84,8 @@ class Entry:
             raise InputError(f"{self.label}: random_weights and a checkpoint exclude each other")
         if self.teacher is None and self.teacher_checkpoint is not None:
             raise InputError(f"{self.label}: teacher_checkpoint goes with a teacher")
+        if unknown := sorted(set(self.ways or ()) - {way.name for way in WAYS}):
+            raise InputError(f"{self.label}: unknown ways {unknown}, expected some of {[way.name for way in WAYS]}")
 
     @property
     def random_file(self) -> Path:
@@ -90,6 +94,11 @@ class Entry:
     def weights(self) -> Path:
         """Raises CheckpointError where there are none; random ones may not have been made yet."""
         return self.random_file if self.random_weights else _weights(self.recipe, self.checkpoint)
+
+    def measured(self) -> list[Way]:
+        """The ways this machine computes, less those that are not asked for."""
+        ways, _ = ways_here()
+        return [way for way in ways if self.ways is None or way.name in self.ways]
 
     def model(self, way: Way) -> Model:
         if way.bundle is None:
@@ -131,7 +140,8 @@ def load_entries(path: Path, work: Path) -> list[Entry]:
 
 
 def _entry(raw: Mapping[str, Any], path: Path, work: Path) -> Entry:
-    kinds = {field.name: bool if field.name == "random_weights" else str for field in fields(Entry)}
+    others = {"random_weights": bool, "ways": list}
+    kinds = {field.name: others.get(field.name, str) for field in fields(Entry)}
     del kinds["folder"]
     if unknown := sorted(set(raw) - set(kinds)):
         raise InputError(f"{path}: unknown {unknown} in an entry, expected {sorted(kinds)}")
@@ -142,6 +152,8 @@ def _entry(raw: Mapping[str, Any], path: Path, work: Path) -> Entry:
     values = {**raw, "folder": work.resolve() / raw["label"]}
     values |= {name: _place(raw[name], base) for name in ("recipe", "teacher") if name in raw}
     values |= {name: base / raw[name] for name in ("checkpoint", "teacher_checkpoint") if name in raw}
+    if "ways" in raw:
+        values["ways"] = tuple(map(str, raw["ways"]))
     return Entry(**values)
 
 
