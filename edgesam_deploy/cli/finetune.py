@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 @click.option("--paste", type=share, default=0.2, show_default=True, help="Share with objects of another image.")
 @click.option("--flat", type=share, default=0.2, show_default=True, help="Share with every region in one colour.")
 @click.option("--shapes", type=share, default=0.2, show_default=True, help="Share of ellipses, for the decoder alone.")
+@click.option(
+    "--axes",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Encode points along x and y apart, by frequencies up to this, instead of as the weights do.",
+)
 @training_options
 @json_option
 def command(
@@ -58,7 +64,7 @@ def command(
         from edgesam_deploy.distill.options import FinetuneOptions
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
-    own = ("learn", "image_size", "fit", "box", "paste", "flat", "shapes")
+    own = ("learn", "image_size", "fit", "box", "paste", "flat", "shapes", "axes")
     options = FinetuneOptions(**{name: given[name] for name in (*NAMES, *own)})
     if threads is not None:
         torch.set_num_threads(threads)

@@ -6,6 +6,7 @@ What lies in the folder: ``records``. A curriculum is several runs, each from th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +108,8 @@ def finetune(job: FinetuneJob, world: World, listener: Listener) -> FinetuneResu
         return _result(done, len(images))
     model = load_model(job.recipe, job.init) if job.init is not None else build_model(job.recipe)
     objective = TruthObjective(model, job.recipe, job.options)
+    if job.options.axes:
+        encode_axes(cast(Sam, model), job.options.axes)
     _resize(cast(Sam, model), job.size, job.settings().mask_size // MASK_UPSCALE)
     _check_size(objective, job)
     job.records.make_folder(world)
@@ -221,6 +224,21 @@ def _prepare(device: torch.device) -> Prepare:
 def _learners(sam: Sam, learn: str) -> Sequence[nn.Module]:
     decoder = (sam.prompt_encoder, sam.mask_decoder)
     return {"all": (sam.image_encoder, *decoder), "encoder": (sam.image_encoder,), "decoder": decoder}[learn]
+
+
+@torch.no_grad()
+def encode_axes(sam: Sam, highest: float) -> None:
+    """Encode positions along x and y apart, by frequencies that grow evenly in their logarithm up to ``highest``.
+
+    SAM draws frequencies of all directions from a normal distribution (Tancik et al. 2020, arXiv:2006.10739): few are
+    high enough to tell small boxes apart, and none follows an edge of a box. A frequency of 1 has two periods over the
+    image, as in SAM's unit. The network stays SAM's, its decoder has to learn anew what a position means.
+    """
+    matrix = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+    lowest, count = min(0.12, highest), matrix.shape[1] // 2
+    frequencies = torch.logspace(math.log10(lowest), math.log10(highest), count)
+    matrix.zero_()
+    matrix[0, :count], matrix[1, count : 2 * count] = frequencies, frequencies
 
 
 def _resize(sam: Sam, size: int, embedding_size: int) -> None:

@@ -150,6 +150,19 @@ def test_only_what_is_asked_for_learns(
     assert not all(same.values())
 
 
+def test_positions_are_encoded_along_x_and_y(words: list[str], tmp_path: Path, tiny_recipe: Path) -> None:
+    answer(*words, "--epochs", 1, "--learn", "decoder", "--shapes", 1, "--axes", 4, "-o", tmp_path)
+    layer = load_model(load_recipe(tiny_recipe), tmp_path / "student.pt").prompt_encoder.pe_layer
+    number = layer.positional_encoding_gaussian_matrix.shape[1] // 2
+    along_x, along_y = (layer._pe_encoding(torch.tensor([xy])).reshape(2, 2, -1) for xy in ([0.7, 0.5], [0.5, 0.2]))
+    frequencies = np.geomspace(0.12, 4, number)
+    for found, place, axis in ((along_x, 0.7, 0), (along_y, 0.2, 1)):
+        angles = 2 * np.pi * frequencies * (2 * place - 1)
+        np.testing.assert_allclose(found[0, axis], np.sin(angles), atol=1e-5)
+        np.testing.assert_allclose(found[1, axis], np.cos(angles), atol=1e-5)
+        np.testing.assert_allclose(found[0, 1 - axis], 0, atol=1e-6)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_ends_with_the_same_bits(words: list[str], tmp_path: Path, number: signal.Signals) -> None:
     """Killed, it goes on from the last state that it saved; asked to stop, as its loader is too, from where it was."""
