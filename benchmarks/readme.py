@@ -310,6 +310,7 @@ IN_README = (readme_survey.short, agreement, precision, int8_speed, speed, estim
 IN_RESULTS = (
     readme_survey.whole,
     readme_experiments.experiments,
+    readme_experiments.encoding,
     readme_distill.proof,
     readme_distill.scale,
     readme_families.families,
