@@ -81,7 +81,7 @@ def charts() -> dict[Path, str]:
     curves = {
         name: entry["checks"]
         for name, entry in found().get("experiments", {}).items()
-        if entry["checks"] and "cosine" in entry["checks"][0]
+        if len(entry["checks"]) > 2 and "cosine" in entry["checks"][0]
     }
     return {FOLDER / CHART: _chart(curves)} if curves else {}
 
