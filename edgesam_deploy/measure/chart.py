@@ -23,6 +23,8 @@ _STYLE = (
 # Steps of an axis: of its numbers 1, 2 and 5 times powers of ten.
 _STEPS = (1, 2, 5)
 _LINEAR_TICKS = 10
+# Fewer powers and their halves say little of an axis.
+_LOG_TICKS = 3
 
 
 class Axis(Protocol):
@@ -47,10 +49,11 @@ class LogAxis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times powers of ten within the axis."""
+        """1, 2 and 5 times powers of ten within the axis; of a short one even numbers."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         values = [step * 10.0**power for power in powers for step in _STEPS]
-        return [value for value in values if self.low <= value <= self.high]
+        found = [value for value in values if self.low <= value <= self.high]
+        return found if len(found) >= _LOG_TICKS else LinearAxis(self.low, self.high, self.start, self.end).ticks()
 
 
 @dataclass(frozen=True, slots=True)

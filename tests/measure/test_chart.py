@@ -22,6 +22,18 @@ def test_a_linear_axis_has_round_numbers(low: float, high: float, wanted: list[f
     assert len(ticks) <= 11
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [
+        (0.9, 21.0, [1, 2, 5, 10, 20]),
+        (3.2, 6.3, [3.5, 4, 4.5, 5, 5.5, 6]),
+        (44.8, 96.6, [50, 60, 70, 80, 90]),
+    ],
+)
+def test_a_logarithmic_axis_has_numbers_on_short_ranges_too(low: float, high: float, wanted: list[float]) -> None:
+    assert LogAxis(low, high, 0, 1).ticks() == pytest.approx(wanted)
+
+
 def test_both_axes_run_from_start_to_end() -> None:
     for axis in (LinearAxis(2, 8, 100, 0), LogAxis(2, 8, 100, 0)):
         assert (axis.place(2), axis.place(8)) == (100, 0)
