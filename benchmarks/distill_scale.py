@@ -250,8 +250,15 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 def describe(name: str, section: dict[str, Any]) -> list[str]:
     """One part, for people."""
-    if name in ("listing", "loading"):
-        return [f"{name}: {json.dumps({k: v for k, v in section.items() if k != 'origin'})}"]
+    if name == "listing":
+        return [f"{r['images']} images found in a {r['form']}: {r['seconds']:.2f} s, {r['memory_mb']:.0f} MB"
+                for r in section["rows"]]  # fmt: skip
+    if name == "loading":
+        return [
+            f"a core loads {how}, {one['mean_megapixels']:.1f} megapixels: {one['decoded_per_core_s']:.0f} decoded, "
+            f"{one['ready_per_core_s']:.0f} decoded and resized a second"
+            for how, one in section.items()
+        ]
     head = [f"{name}: {SIZES[1]} images take {section['ratio']['peak']:.3f} of the memory of {SIZES[0]} at the peak, "
             f"{section['ratio']['steady']:.3f} steadily"]  # fmt: skip
     return head + [
