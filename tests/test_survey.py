@@ -112,7 +112,8 @@ def survey(
     shutil.copytree(built.bundle, tmp_path / "work" / "tiny" / "int8-onnxruntime")
     module, known, families = script("survey"), script("survey_entries"), script("families")
     ways = [known.Way("fp32", "torch"), known.Way("int8", "onnxruntime")]
-    monkeypatch.setattr(module, "ways_here", lambda: (ways, {"fp16": "no reason"}))
+    for each in (module, known):
+        monkeypatch.setattr(each, "ways_here", lambda: (ways, {"fp16": "no reason"}))
     called: list[str] = []
 
     def here(*words: object) -> Any:

@@ -166,7 +166,7 @@ def test_positions_are_encoded_along_x_and_y(words: list[str], tmp_path: Path, t
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_ends_with_the_same_bits(words: list[str], tmp_path: Path, number: signal.Signals) -> None:
     """Killed, it goes on from the last state that it saved; asked to stop, as its loader is too, from where it was."""
-    long = [*words, "--epochs", "3"]
+    long = [*words, "--epochs", "8"]
     whole = answer(*long, "-o", tmp_path / "whole")
     again = [*long, "-o", str(tmp_path / "again")]
     again += ["--save-every", "0"] if number == signal.SIGKILL else ["--workers", "1"]
@@ -181,7 +181,7 @@ def test_a_stopped_run_ends_with_the_same_bits(words: list[str], tmp_path: Path,
             time.sleep(0.002)
         os.killpg(process.pid, number)  # as a terminal and a job's end do
         errors = process.communicate()[1]
-    assert (tmp_path / "again" / "state.pt").is_file()
+    assert (tmp_path / "again" / "state.pt").is_file(), errors
     if number != signal.SIGKILL:
         assert process.returncode == 130
         assert "run the same command to go on" in errors
