@@ -18,7 +18,7 @@ BEST = "best of"
 BOXES_METRIC = "mIoU, ground-truth boxes"
 # What is drawn and quoted of the truth: the single mask of a true box.
 WORTH = "mIoU, true box"
-TORCH = "torch"
+FP32 = "fp32"
 
 Row = Mapping[str, Any]
 
@@ -99,8 +99,10 @@ def _by_macs(result: Row) -> str | None:
     marks = [
         Mark(label, label, entry["macs"] / 1e9, found["miou"], tuple(found["interval"]))
         for label, entry in result["entries"].items()
-        for row in entry["rows"]
-        if row["backend"] == TORCH and (found := _figure(row, "quality", "truth", BOX, SINGLE))
+        for found in [
+            _figure(row, "quality", "truth", BOX, SINGLE) for row in entry["rows"] if row["precision"] == FP32
+        ][:1]
+        if found
     ]
     title = "Mask quality against multiply-adds, FP32; joined: what no other beats; bars: 95 % intervals"
     return pareto(marks, title, "GMACs of an image and one prompt", WORTH) if marks else None
