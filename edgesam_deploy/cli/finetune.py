@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 @click.option("--flat", type=share, default=0.2, show_default=True, help="Share with every region in one colour.")
 @click.option("--shapes", type=share, default=0.2, show_default=True, help="Share of ellipses, for the decoder alone.")
 @click.option(
+    "--windows",
+    type=share,
+    default=0.0,
+    show_default=True,
+    help="Share decoded in a part of the embedding around each prompt: more prompts in the same time.",
+)
+@click.option(
     "--axes",
     type=click.FloatRange(0),
     default=0.0,
@@ -64,7 +71,7 @@ def command(
         from edgesam_deploy.distill.options import FinetuneOptions
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
-    own = ("learn", "image_size", "fit", "box", "paste", "flat", "shapes", "axes")
+    own = ("learn", "image_size", "fit", "box", "paste", "flat", "shapes", "windows", "axes")
     options = FinetuneOptions(**{name: given[name] for name in (*NAMES, *own)})
     if threads is not None:
         torch.set_num_threads(threads)

@@ -29,6 +29,7 @@ from edgesam_deploy.distill.samples import Key, updates
 from edgesam_deploy.distill.training import Batch, Prepare, Run, Work
 from edgesam_deploy.distill.truth_objective import TruthObjective
 from edgesam_deploy.distill.views import Sample, Settings, draw, draw_shapes
+from edgesam_deploy.distill.windows import draw_windows
 from edgesam_deploy.errors import InputError
 from edgesam_deploy.files import sha256_file
 from edgesam_deploy.masks import MASK_THRESHOLD
@@ -127,7 +128,7 @@ def _result(out: Outcome, images: int) -> FinetuneResult:
     return FinetuneResult(out.finished, out.step, out.total, images, out.seconds, out.found, out.checkpoint, out.sha256)
 
 
-class Views(Dataset[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]):
+class Views(Dataset[tuple[Tensor, ...]]):
     """(epoch, image, micro-step) -> what ``TruthObjective`` takes of one image. images: all that may be pasted from."""
 
     def __init__(
@@ -135,7 +136,7 @@ class Views(Dataset[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]):
     ) -> None:
         self.labelled, self.images, self.options, self.settings = labelled, images, options, settings
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, ...]:
         epoch, index, micro = key
         together = np.random.default_rng((self.options.seed, micro))  # alike for all of a batch
         # Where the decoder does not learn, nothing would.
@@ -143,19 +144,25 @@ class Views(Dataset[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]):
         tokens = int(together.choice(list(TOKENS), p=list(TOKENS.values())))
         rng = np.random.default_rng((self.options.seed, epoch, index))
         source = self.labelled.load(index)
-        if shapes:
-            return tensors(draw_shapes(rng, source, self.settings), shapes)
 
         def another() -> Source:
             return self.labelled.load(int(rng.choice(self.images)))
 
-        return tensors(draw(rng, source, another, self.settings, tokens), shapes)
+        sample = (
+            draw_shapes(rng, source, self.settings) if shapes else draw(rng, source, another, self.settings, tokens)
+        )
+        cells = self.settings.mask_size // MASK_UPSCALE
+        if rng.random() < self.options.windows:
+            windows = draw_windows(rng, sample, cells)
+        else:
+            windows = np.tile(np.array([cells, 0, 0], np.int64), (len(sample.targets), 1))
+        return *tensors(sample), torch.from_numpy(windows), torch.tensor(shapes)
 
 
-def tensors(sample: Sample, shapes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def tensors(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     image = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
-    fields = (sample.point_coords, sample.point_labels, sample.targets)
-    return image, *(torch.from_numpy(value) for value in fields), torch.tensor(shapes)  # type: ignore[return-value]
+    coords, labels, targets = map(torch.from_numpy, (sample.point_coords, sample.point_labels, sample.targets))
+    return image, coords, labels, targets
 
 
 class TruthJudge:
@@ -188,8 +195,8 @@ class TruthJudge:
         for row in self._samples:
             ious, theirs, mine = [], [], []
             for sample in row:
-                image, coords, labels, targets, _ = (t[None].to(self._device) for t in tensors(sample))
-                masks, scores = objective.answer(image, coords[0], labels[0], encoder_learns=False)
+                image, coords, labels, targets = (t[None].to(self._device) for t in tensors(sample))
+                masks, scores = objective.answer(image, coords[0], labels[0])
                 single, chosen = answers(masks, scores, labels[0], targets[0])
                 ious.append(chosen.mean().item())
                 theirs += list((targets[0, :2] > 0.5).cpu().numpy())

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from edgesam_deploy.contract import LABEL_FOREGROUND, LABEL_PADDING
 from edgesam_deploy.distill.options import FinetuneOptions
 from edgesam_deploy.distill.teacher import encoder_of
+from edgesam_deploy.distill.windows import cut_embeddings, cut_masks
 from edgesam_deploy.errors import InputError
 from edgesam_deploy.recipe import Recipe
 
@@ -30,7 +31,8 @@ class Losses(NamedTuple):
 
 class TruthObjective(nn.Module):
     """images (B,3,S,S) uint8, point_coords (B,P,N,2) in pixels of the view, point_labels (B,P,N), targets (B,P,m,m) in
-    0..1 and shapes (B,) bool, float32 where not said otherwise -> (loss, mean IoU).
+    0..1, windows (B,P,3) int64 as in ``windows.draw_windows`` and shapes (B,) bool, float32 where not said otherwise
+    -> (loss, mean IoU).
 
     Raises InputError for a network whose decoder is not SAM's own.
     """
@@ -50,21 +52,32 @@ class TruthObjective(nn.Module):
         self.options = options
 
     def forward(
-        self, images: Tensor, coords: Tensor, labels: Tensor, targets: Tensor, shapes: Tensor
+        self, images: Tensor, coords: Tensor, labels: Tensor, targets: Tensor, windows: Tensor, shapes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        coords, labels, targets = (t.flatten(0, 1) for t in (coords, labels, targets))
-        masks, scores = self.answer(images, coords, labels, encoder_learns=not bool(shapes.any()))
-        return losses(masks, scores, targets, labels)
-
-    def answer(self, images: Tensor, coords: Tensor, labels: Tensor, encoder_learns: bool) -> tuple[Tensor, Tensor]:
-        """coords (B*P,N,2), labels (B*P,N) -> low_res_masks (B*P,M,m,m) float32, iou_predictions (B*P,M) float32."""
-        device, kind = images.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.amp)
-        with torch.autocast(device, kind, enabled=kind is not None):
+        image = torch.arange(len(images), device=images.device).repeat_interleave(coords.shape[1])
+        coords, labels, targets, windows = (t.flatten(0, 1) for t in (coords, labels, targets, windows))
+        with self._autocast(images):
             # Shapes have nothing to do with the image: the encoder must not learn from them.
-            with torch.set_grad_enabled(encoder_learns and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(not bool(shapes.any()) and torch.is_grad_enabled()):
                 embeddings = self.encoder(images)
-            masks, scores = decode(self.sam, embeddings, embed_prompts(self.sam, coords, labels))
+            parts = []
+            for side in sorted(set(windows[:, 0].tolist())):
+                rows = (windows[:, 0] == side).nonzero()[:, 0]
+                sparse, around = embed_prompts(self.sam, coords[rows], labels[rows]), windows[rows]
+                answer = decode(self.sam, embeddings, sparse, image[rows], around)
+                parts.append((len(rows), losses(*answer, cut_masks(targets[rows], around), labels[rows])))
+        total, iou = (sum(n * found[i] for n, found in parts) / len(image) for i in range(2))
+        return cast(Tensor, total), cast(Tensor, iou)
+
+    def answer(self, images: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """coords (B*P,N,2), labels (B*P,N) -> low_res_masks (B*P,M,m,m) float32, iou_predictions (B*P,M) float32."""
+        with self._autocast(images):
+            masks, scores = decode(self.sam, self.encoder(images), embed_prompts(self.sam, coords, labels))
         return masks.float(), scores.float()
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.amp)
+        return torch.autocast(images.device.type, kind, enabled=kind is not None)
 
 
 def embed_prompts(sam: Sam, coords: Tensor, labels: Tensor) -> Tensor:
@@ -80,17 +93,29 @@ def embed_prompts(sam: Sam, coords: Tensor, labels: Tensor) -> Tensor:
     return embedded
 
 
-def decode(sam: Sam, embeddings: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
-    """image_embeddings (I,C,E,E), sparse (I*P,N,C) -> low_res_masks (I*P,M,4E,4E), iou_predictions (I*P,M).
+def decode(
+    sam: Sam, embeddings: Tensor, sparse: Tensor, image: Tensor | None = None, windows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """image_embeddings (I,C,E,E), sparse (n,N,C) -> low_res_masks (n,M,4w,4w), iou_predictions (n,M).
 
-    segment-anything's ``predict_masks`` for several images at once.
+    segment-anything's ``predict_masks`` for several images at once. image: (n,) number of each prompt's; by default
+    every image has the same number of prompts. windows: (n,3), the part that is decoded, all of one side w; by default
+    the whole, w = E.
     """
-    decoder, count = sam.mask_decoder, len(sparse)
+    decoder, count, cells = sam.mask_decoder, len(sparse), embeddings.shape[-1]
     output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([output_tokens.expand(count, -1, -1), sparse], dim=1)
     source = embeddings + sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).to(embeddings.dtype)
-    source = source.repeat_interleave(count // len(embeddings), dim=0)
-    position = sam.prompt_encoder.get_dense_pe().to(source.dtype).expand(count, -1, -1, -1)
+    position = sam.prompt_encoder.get_dense_pe().to(source.dtype)
+    if image is None:
+        image = torch.arange(len(embeddings), device=source.device).repeat_interleave(count // len(embeddings))
+    if windows is None or int(windows[0, 0]) == cells:
+        source, position = source[image], position.expand(count, -1, -1, -1)
+    else:
+        source, position = (
+            cut_embeddings(source, image, windows),
+            cut_embeddings(position, torch.zeros_like(image), windows),
+        )
     hidden, source = decoder.transformer(source, position, tokens)
     weights = torch.stack([mlp(hidden[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=2)
     return upscale(decoder.output_upscaling, source, weights), decoder.iou_prediction_head(hidden[:, 0])

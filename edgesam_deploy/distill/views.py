@@ -104,7 +104,9 @@ def draw_shapes(rng: np.random.Generator, source: Source, settings: Settings) ->
     """
     size, step = settings.size, settings.size // settings.mask_size
     image, _ = _view(rng, source, settings)
-    sides = np.exp(rng.uniform(np.log(1.5 * step), np.log(0.95 * size), (settings.prompts, 1)))
+    # More small boxes than even logarithms would give: they are the hard ones, and the cheap ones in windows.
+    share = rng.uniform(0, 1, (settings.prompts, 1)) ** 1.5
+    sides = 1.5 * step * (0.95 * size / (1.5 * step)) ** share
     sides = np.clip(sides * np.exp(rng.normal(0, 0.4, (settings.prompts, 2))), step, size)
     low = rng.uniform(0, 1, (settings.prompts, 2)) * (size - sides)
     centres = np.arange(settings.mask_size) * step + step / 2

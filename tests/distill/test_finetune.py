@@ -27,6 +27,7 @@ from edgesam_deploy.distill.labelled import Labelled, label_map
 from edgesam_deploy.distill.options import FinetuneOptions
 from edgesam_deploy.distill.truth_objective import TruthObjective, decode, embed_prompts
 from edgesam_deploy.distill.views import Settings
+from edgesam_deploy.distill.windows import cut_masks
 from edgesam_deploy.errors import CheckpointError
 from edgesam_deploy.masks import tight_box
 from edgesam_deploy.measure.datasets import DatasetOptions, open_dataset
@@ -224,9 +225,10 @@ def test_views_show_what_their_prompts_say(datasets: list[str]) -> None:
     views = Views(labelled, learnt, wanted, settings)
     seen = set()
     for micro in range(12):
-        image, coords, labels, targets, shapes = views[0, int(learnt[micro % len(learnt)]), micro]
+        image, coords, labels, targets, windows, shapes = views[0, int(learnt[micro % len(learnt)]), micro]
         assert image.shape == (3, 64, 64)
         assert not shapes
+        assert windows.tolist() == [[16, 0, 0]] * 6, "the whole embedding"
         for points, kinds, target in zip(coords.numpy(), labels.numpy(), targets.numpy(), strict=True):
             mask = target > 0.5
             assert mask.any()
@@ -255,6 +257,70 @@ def test_the_fast_decoder_answers_as_segment_anything_does(tiny_recipe: Path, ch
         found = decode(sam, embedding, embed_prompts(sam, *padded))
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_hold_what_is_asked_for(datasets: list[str]) -> None:
+    """A prompt's points and its whole mask; of five sizes, which do not tell the object's."""
+    labelled = open_all(datasets)
+    everything = np.arange(len(labelled))
+    settings = Settings(512, 128, 8, (123, 116, 103), flat=0, paste=0, fit=0.5, box=0.5)
+    views = Views(labelled, everything, FinetuneOptions(shapes=0.5, windows=1, seed=5), settings)
+
+    def small(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> bool:
+        x0, y0, x1, y1 = tight_box(mask)
+        return max(x1 - x0, y1 - y0) <= 16
+
+    sides, loose = set(), 0
+    for micro in range(24):
+        _, coords, labels, targets, windows, _ = views[0, micro % len(labelled), micro]
+        for points, kinds, target, (side, row, column) in zip(coords, labels, targets, windows.tolist(), strict=True):
+            assert 0 <= row <= 32 - side
+            assert 0 <= column <= 32 - side
+            part = np.s_[4 * row : 4 * (row + side), 4 * column : 4 * (column + side)]
+            assert target[part].sum() == target.sum() > 0
+            inside = points[kinds >= 0].numpy() / 16 - (column, row)
+            assert (inside >= 0).all()
+            assert (inside <= side).all()
+            sides.add(side)
+            loose += bool(side > 8 and small((target > 0).numpy()))
+    assert sides == {8, 12, 16, 24, 32}
+    assert loose > 0
+
+
+def test_a_window_is_decoded_as_segment_anything_decodes_that_part(tiny_recipe: Path, checkpoint: Path) -> None:
+    recipe = load_recipe(tiny_recipe)
+    sam = load_model(recipe, checkpoint).eval()
+    channels, size = recipe.geometry.embedding_channels, recipe.geometry.image_size
+    side, part = recipe.geometry.embedding_size, recipe.geometry.embedding_size // 2
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(2, channels, side, side, generator=generator, requires_grad=True)
+    points, kinds = torch.rand(3, 2, 2, generator=generator) * size, torch.tensor([[2.0, 3.0]] * 3)
+    image, places = torch.tensor([1, 0, 1]), [(part, 0, 1), (part, 3, 2), (part, side - part, side - part)]
+    sparse = embed_prompts(sam, points, kinds)
+    masks, scores = decode(sam, embeddings, sparse, image, torch.tensor(places))
+    assert masks.shape == (3, 4, 4 * part, 4 * part)
+    target = torch.rand(3, 4 * side, 4 * side, generator=generator)
+    cut = cut_masks(target, torch.tensor(places))
+    for i, (_, row, column) in enumerate(places):
+        window = np.s_[..., row : row + part, column : column + part]
+        dense = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(1, -1, part, part)
+        wanted = sam.mask_decoder.predict_masks(
+            embeddings[image[i]][None][window], sam.prompt_encoder.get_dense_pe()[window], sparse[i][None], dense
+        )
+        torch.testing.assert_close(masks[i][None], wanted[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores[i][None], wanted[1], rtol=1e-4, atol=1e-5)
+        assert torch.equal(cut[i], target[i, 4 * row : 4 * (row + part), 4 * column : 4 * (column + part)])
+    gradient = torch.autograd.grad(masks[1].sum(), embeddings)[0]
+    seen = torch.zeros(2, side, side, dtype=torch.bool)
+    seen[0, 3 : 3 + part, 2 : 2 + part] = True
+    assert torch.equal(gradient.abs().sum(1) > 0, seen)
+
+
+def test_it_learns_in_windows(words: list[str], tmp_path: Path, checkpoint: Path) -> None:
+    answer(*words, "--windows", 1, "--image-size", 256, "--epochs", 1, "-o", tmp_path)
+    after, before = (torch.load(p, weights_only=True) for p in (tmp_path / "student.pt", checkpoint))
+    for part in ("image_encoder", "prompt_encoder", "mask_decoder"):
+        assert not all(torch.equal(v, before[k].to(v.dtype)) for k, v in after.items() if k.startswith(part))
 
 
 def test_a_variance_that_float16_cannot_hold_is_rescaled_without_changing_the_network() -> None:
