@@ -17,6 +17,7 @@ from typing import Any
 import readme_distill
 import readme_experiments
 import readme_families
+import readme_reference
 import readme_survey
 from result_tables import ROOT, load, table
 
@@ -309,6 +310,7 @@ def _unexplained(result: dict[str, Any]) -> int:
 IN_README = (readme_survey.short, agreement, precision, int8_speed, speed, estimates, students, quality)
 IN_RESULTS = (
     readme_survey.whole,
+    readme_reference.stages,
     readme_experiments.experiments,
     readme_experiments.encoding,
     readme_distill.proof,
@@ -338,6 +340,7 @@ def main() -> None:
         results: "\n".join([TITLE, *sections(IN_RESULTS)]),
         **readme_survey.charts(),
         **readme_experiments.charts(),
+        **readme_reference.charts(),
     }
     for file, text in wanted.items():
         if options.check and (not file.is_file() or file.read_text(encoding="utf-8") != text):

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 @click.option("--image-size", type=click.IntRange(0), default=0, help="Of the views. Default: the recipe's.")
 @click.option("--fit", type=share, default=0.5, show_default=True, help="Share of views of the whole image.")
 @click.option("--box", type=share, default=0.65, show_default=True, help="Share of boxes, the others are clicks.")
+@click.option(
+    "--small",
+    type=share,
+    default=0.0,
+    show_default=True,
+    help="Masks are asked for less often by this power of their area. 0: small and large ones equally often.",
+)
 @click.option("--paste", type=share, default=0.2, show_default=True, help="Share with objects of another image.")
 @click.option("--flat", type=share, default=0.2, show_default=True, help="Share with every region in one colour.")
 @click.option("--shapes", type=share, default=0.2, show_default=True, help="Share of ellipses, for the decoder alone.")
@@ -71,7 +78,7 @@ def command(
         from edgesam_deploy.distill.options import FinetuneOptions
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
-    own = ("learn", "image_size", "fit", "box", "paste", "flat", "shapes", "windows", "axes")
+    own = ("learn", "image_size", "fit", "box", "small", "paste", "flat", "shapes", "windows", "axes")
     options = FinetuneOptions(**{name: given[name] for name in (*NAMES, *own)})
     if threads is not None:
         torch.set_num_threads(threads)

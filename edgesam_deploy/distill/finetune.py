@@ -76,7 +76,8 @@ class FinetuneJob:
     def settings(self) -> Settings:
         geometry, o = self.recipe.geometry, self.options
         mask_size = MASK_UPSCALE * self.size * geometry.embedding_size // geometry.image_size
-        return Settings(self.size, mask_size, o.prompts, self.recipe.pixels.padding, o.flat, o.paste, o.fit, o.box)
+        padding = self.recipe.pixels.padding
+        return Settings(self.size, mask_size, o.prompts, padding, o.flat, o.paste, o.fit, o.box, o.small)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,7 @@ class TruthJudge:
             )
 
     def _draw(self, number: int, source: Source, box: float) -> Sample:
-        plain = replace(self._job.settings(), flat=0.0, paste=0.0, fit=1.0, box=box, prompts=VALIDATED)
+        plain = replace(self._job.settings(), flat=0.0, paste=0.0, fit=1.0, box=box, prompts=VALIDATED, small=0.0)
         return draw(np.random.default_rng((7, number)), source, lambda: source, plain, 2)
 
     @torch.no_grad()  # inference mode would leave encoders' caches as tensors that no update may touch

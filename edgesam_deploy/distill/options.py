@@ -98,9 +98,9 @@ class DistillOptions(TrainOptions):
 class FinetuneOptions(TrainOptions):
     """learn: what of the network does. image_size: of the views, 0 for the recipe's; a curriculum begins small.
 
-    flat, paste, fit, box: see ``views.Settings``. shapes: share of micro-steps in which the decoder alone learns boxes
-    from ellipses. windows: share of views whose prompts are decoded in a part of the embedding (``windows``). axes:
-    highest frequency of points' positions, 0 to leave them encoded as they are (``encode_axes``).
+    flat, paste, fit, box, small: see ``views.Settings``. shapes: share of micro-steps in which the decoder alone learns
+    boxes from ellipses. windows: share of views whose prompts are decoded in a part of the embedding (``windows``).
+    axes: highest frequency of points' positions, 0 to leave them encoded as they are (``encode_axes``).
     """
 
     learn: str = "all"
@@ -109,6 +109,7 @@ class FinetuneOptions(TrainOptions):
     paste: float = 0.2
     fit: float = 0.5
     box: float = 0.65
+    small: float = 0.0
     shapes: float = 0.2
     windows: float = 0.0
     axes: float = 0.0
@@ -116,5 +117,5 @@ class FinetuneOptions(TrainOptions):
     def __post_init__(self) -> None:
         TrainOptions.__post_init__(self)
         self.require_known("learn", LEARNERS)
-        self.require_shares("flat", "paste", "fit", "box", "shapes", "windows")
+        self.require_shares("flat", "paste", "fit", "box", "small", "shapes", "windows")
         self.require_finite("image_size", "axes")

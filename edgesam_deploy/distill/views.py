@@ -37,7 +37,8 @@ class Settings:
     prompts: P, prompts per view. padding: RGB colour outside the image.
     flat: share of views with every region in one colour, which teaches what a prompt means.
     paste: share of views that get objects of another source. fit: share of views that show the whole image at the
-    top left, as the deployed model sees it. box: share of boxes among the two-token prompts.
+    top left, as the deployed model sees it. box: share of boxes among the two-token prompts. small: the power of a
+    region's area by which it is asked for less often; with 0 all are equally often.
     """
 
     size: int
@@ -48,6 +49,7 @@ class Settings:
     paste: float
     fit: float
     box: float
+    small: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,7 @@ def draw(
             f"{ATTEMPTS} views of the images show no region of 3 pixels of the low-resolution mask: give images with "
             "larger masks, or a larger --image-size"
         )
-    # Every region about equally often, however large.
-    chosen = np.resize(rng.permutation(found[keep]), settings.prompts).tolist()
+    chosen = _choose(rng, found[keep], areas[keep], settings).tolist()
     masks = {k: labels == k for k in set(chosen)}
     prompts = [_prompt(rng, masks[k], settings, points) for k in chosen]
     targets = {k: _coverage(m, settings.mask_size) for k, m in masks.items()}
@@ -97,6 +98,15 @@ def draw(
     )
 
 
+def _choose(
+    rng: np.random.Generator, found: UInt8, areas: NDArray[np.int64], settings: Settings
+) -> NDArray[np.generic]:
+    if not settings.small:  # every region about equally often, however large
+        return np.resize(rng.permutation(found), settings.prompts)
+    weights = areas**-settings.small
+    return rng.choice(found, settings.prompts, p=weights / weights.sum())
+
+
 def draw_shapes(rng: np.random.Generator, source: Source, settings: Settings) -> Sample:
     """A view with random boxes, the targets being the ellipses in them, whatever the image shows.
 
@@ -105,7 +115,7 @@ def draw_shapes(rng: np.random.Generator, source: Source, settings: Settings) ->
     size, step = settings.size, settings.size // settings.mask_size
     image, _ = _view(rng, source, settings)
     # More small boxes than even logarithms would give: they are the hard ones, and the cheap ones in windows.
-    share = rng.uniform(0, 1, (settings.prompts, 1)) ** 1.5
+    share = rng.uniform(0, 1, (settings.prompts, 1)) ** 2
     sides = 1.5 * step * (0.95 * size / (1.5 * step)) ** share
     sides = np.clip(sides * np.exp(rng.normal(0, 0.4, (settings.prompts, 2))), step, size)
     low = rng.uniform(0, 1, (settings.prompts, 2)) * (size - sides)

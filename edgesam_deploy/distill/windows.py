@@ -18,7 +18,7 @@ from edgesam_deploy.distill.views import Sample
 
 # Sides of windows in eighths of the embedding's, and the cells that one has at least.
 EIGHTHS, SMALLEST = (2, 3, 4, 6, 8), 8
-# How often the smallest window that fits is taken: always would tell an object's size.
+# How often the smallest window that fits is taken, and not the next: always would tell an object's size.
 TIGHT = 0.75
 
 
@@ -32,7 +32,7 @@ def draw_windows(rng: np.random.Generator, sample: Sample, cells: int) -> NDArra
     ):
         low, high = _extent(coords[labels != LABEL_PADDING], sample.image.shape[0], target, cells)
         fitting = [side for side in sides if side >= (high - low).max()]
-        side = fitting[0] if rng.random() < TIGHT else int(rng.choice(fitting))
+        side = fitting[0] if rng.random() < TIGHT else fitting[:2][-1]
         first, last = np.maximum(high - side, 0), np.minimum(low, cells - side)
         windows[row] = side, *rng.integers(first, last + 1)
     return windows

@@ -259,6 +259,19 @@ def test_the_fast_decoder_answers_as_segment_anything_does(tiny_recipe: Path, ch
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_small_masks_are_asked_for_more_often(datasets: list[str]) -> None:
+    """Inversely to their area, with the power 1: the mean area asked for is then the harmonic mean of the areas."""
+    labelled, areas = open_all(datasets), {}
+    for power in (0.0, 1.0):
+        settings = Settings(96, 96, 600, (123, 116, 103), flat=0, paste=0, fit=1, box=1, small=power)
+        views = Views(labelled, np.arange(len(labelled)), FinetuneOptions(shapes=0, seed=3), settings)
+        areas[power] = [views[0, image, 0][3].sum((1, 2)).numpy() for image in range(3)]
+    for equally, inversely in zip(areas[0.0], areas[1.0], strict=True):
+        assert len(set(equally.tolist())) > 1
+        assert set(inversely.tolist()) <= set(equally.tolist()), "the same view"
+        assert inversely.mean() == pytest.approx(1 / (1 / np.unique(equally)).mean(), rel=0.1)
+
+
 def test_windows_hold_what_is_asked_for(datasets: list[str]) -> None:
     """A prompt's points and its whole mask; of five sizes, which do not tell the object's."""
     labelled = open_all(datasets)

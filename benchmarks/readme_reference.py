@@ -1,0 +1,94 @@
+"""How the reference model was trained, in RESULTS.md, and its curve, once ``reference_training.py`` was run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from result_tables import RESULTS, load, table
+
+from edgesam_deploy.measure.chart import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    LinearAxis,
+    colours,
+    frame,
+    linear_y,
+    svg,
+)
+
+SOURCE, CHART = RESULTS / "distill" / "reference.json", RESULTS / "distill" / "reference.svg"
+STYLE = ".curve{stroke-width:1.6;fill:none}.clicks{stroke-dasharray:5 3}.stage{stroke:#999;stroke-dasharray:2 3}"
+Row = Mapping[str, Any]
+
+
+def stages() -> list[str]:
+    """Every stage: what it learnt from, how long, and what the held-out images say after it."""
+    if not SOURCE.is_file():
+        return []
+    result = load(SOURCE)
+    header = ["stage", "updates", "prompts", "minutes", "held out: boxes", "clicks"]
+    rows, minutes = [], 0.0
+    for name, entry in result["stages"].items():
+        run = entry["run"]
+        minutes += run["seconds"] / 60
+        prompts = run["step"] * run["processes"] * run["options"]["batch"] * run["options"]["prompts"]
+        held = run["held_out"]
+        rows.append([f"{name}: {entry['about']}", f"{run['step']:,}", f"{prompts:,}", f"{run['seconds'] / 60:.0f}",
+                     f"{held['box_iou']:.3f}", f"{held['click_iou']:.3f}"])  # fmt: skip
+    commands = "; ".join(f"`{entry['command']}`" for entry in result["stages"].values())
+    return [
+        f"**How the reference model was trained**, {minutes:.0f} minutes on {run['processes']} cores of "
+        f"{result['machine']}, from weights of sha256 `{first(result)['init_sha256'][:8]}…`. Held out: mask IoU at low "
+        f"resolution on {held['images']} training images that no stage learnt from, seen whole; for clicks the best of "
+        "three. Source: `benchmarks/results/distill/reference.json`, `reference_training.py`.",
+        "",
+        *table(header, rows),
+        "",
+        f"![Mask IoU on held-out images over the training](results/distill/{CHART.name})",
+        "",
+        f"Commands: {commands}.",
+    ]
+
+
+def first(result: Row) -> Row:
+    run: Row = next(iter(result["stages"].values()))["run"]
+    return run
+
+
+def charts() -> dict[Path, str]:
+    return {CHART: _chart(load(SOURCE)["stages"])} if SOURCE.is_file() else {}
+
+
+def _chart(stages_of: Mapping[str, Row]) -> str:
+    """Mask IoU of held-out images by minutes of training, a line where a stage begins."""
+    begin, begins, points = 0.0, {}, []
+    for name, entry in stages_of.items():
+        begins[name] = begin
+        run = entry["run"]
+        for check in entry["checks"]:
+            points.append((begin + check["step"] / run["step"] * run["seconds"] / 60, check))
+        begin += run["seconds"] / 60
+    x = LinearAxis(0, begin, LEFT, WIDTH - RIGHT)
+    y = linear_y([check[f"{kind}_iou"] for _, check in points for kind in ("click", "box")])
+    drawn = []
+    for number, (name, at) in enumerate(begins.items()):
+        left = f"{x.place(at):.1f}"
+        drawn.append(
+            f'<line class="stage" x1="{left}" y1="{TOP}" x2="{left}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<text x="{x.place(at) + 4:.1f}" y="{HEIGHT - BOTTOM - 8 - 14 * (number % 2)}">{name}</text>'
+        )
+    for kind, colour in colours(["box", "click"]).items():
+        places = [(x.place(minute), y.place(check[f"{kind}_iou"])) for minute, check in points]
+        line = " ".join(f"{left:.1f},{top:.1f}" for left, top in places)
+        drawn.append(
+            f'<polyline class="curve {kind}s" stroke="{colour}" points="{line}"/>'
+            f'<text x="{places[-1][0] + 5:.1f}" y="{places[-1][1] + 4:.1f}">{kind}</text>'
+        )
+    title = "The reference model over its training: mask IoU on held-out images, boxes (line) and clicks (dashes)"
+    return svg(title, frame(x, y, "minutes of training", "mean mask IoU") + "".join(drawn), STYLE)
