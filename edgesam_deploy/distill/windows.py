@@ -1,8 +1,8 @@
 """Which part of the embedding a prompt's mask is decoded in while it is learnt.
 
-The decoder's cost grows with the cells it sees. A small object far from a prompt's end needs few of them: in a quarter
-of the side, many times as many prompts are learnt in the same time. Positions stay those of the whole image, so that
-what is learnt holds for the whole embedding, which the last stage of a curriculum should decode.
+The decoder's cost grows with the cells it sees, and a small object needs few of them: a quarter of the side holds a
+sixteenth. Positions stay those of the whole image, so that what is learnt holds for the whole embedding, which the last
+stage of a curriculum should decode.
 """
 
 from __future__ import annotations
