@@ -43,11 +43,11 @@ class Stage:
 STAGES = (
     Stage(
         "ellipses-256", "the decoder alone learns boxes from ellipses, at half the size",
-        "--learn decoder --image-size 256 --shapes 1 --axes 4 --prompts 64 --lr 4e-4 --final 0.4 --epochs 1.05",
+        "--learn decoder --image-size 256 --shapes 1 --axes 4 --prompts 64 --lr 8e-4 --final 0.2 --epochs 1.05",
     ),
     Stage(
         "ellipses-512", "the same at full size, in windows",
-        "--learn decoder --shapes 1 --windows 1 --prompts 96 --lr 3e-4 --final 0.3 --epochs 0.85",
+        "--learn decoder --shapes 1 --windows 1 --small 0.4 --prompts 96 --lr 3e-4 --final 0.3 --epochs 0.85",
     ),
     Stage(
         "masks-decoder", "the decoder learns true masks, in windows",

@@ -38,7 +38,7 @@ class Settings:
     flat: share of views with every region in one colour, which teaches what a prompt means.
     paste: share of views that get objects of another source. fit: share of views that show the whole image at the
     top left, as the deployed model sees it. box: share of boxes among the two-token prompts. small: the power of a
-    region's area by which it is asked for less often; with 0 all are equally often.
+    region's area by which it is asked for less often; with 0 all are equally often, and ellipses of all sizes.
     """
 
     size: int
@@ -114,8 +114,8 @@ def draw_shapes(rng: np.random.Generator, source: Source, settings: Settings) ->
     """
     size, step = settings.size, settings.size // settings.mask_size
     image, _ = _view(rng, source, settings)
-    # More small boxes than even logarithms would give: they are the hard ones, and the cheap ones in windows.
-    share = rng.uniform(0, 1, (settings.prompts, 1)) ** 2
+    # Even in their logarithm, or more of the small ones.
+    share = rng.uniform(0, 1, (settings.prompts, 1)) ** (1 + 2 * settings.small)
     sides = 1.5 * step * (0.95 * size / (1.5 * step)) ** share
     sides = np.clip(sides * np.exp(rng.normal(0, 0.4, (settings.prompts, 2))), step, size)
     low = rng.uniform(0, 1, (settings.prompts, 2)) * (size - sides)
