@@ -41,7 +41,8 @@ def stages() -> list[str]:
         held = run["held_out"]
         rows.append([f"{name}: {entry['about']}", f"{run['step']:,}", f"{prompts:,}", f"{run['seconds'] / 60:.0f}",
                      f"{held['box_iou']:.3f}", f"{held['click_iou']:.3f}"])  # fmt: skip
-    commands = "; ".join(f"`{entry['command']}`" for entry in result["stages"].values())
+    whole, *others = [entry["command"] for entry in result["stages"].values()]
+    commands = "; ".join(f"`{command}`" for command in (whole, *(c.partition(" --dataset ")[0] + " …" for c in others)))
     return [
         f"**How the reference model was trained**, {minutes:.0f} minutes on {run['processes']} cores of "
         f"{result['machine']}, from weights of sha256 `{first(result)['init_sha256'][:8]}…`. Held out: mask IoU at low "

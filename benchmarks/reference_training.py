@@ -88,7 +88,8 @@ def main() -> None:
 def run(stage: Stage, before: Path, work: Path, data: Path, processes: int) -> dict[str, Any]:
     """Train to the end; the command as a reader would give it, and what it left. Ends this script where it fails."""
     last = stage is STAGES[-1]
-    words = ["finetune", "reference", "--init", os.path.relpath(before, work), "-o", stage.name,
+    first = os.path.relpath(before, work)
+    words = ["finetune", "reference", "--init", first, "-o", stage.name,
              *stage.options.split(), *SHARED.split(), *(["--half"] if last else []),
              *(part for text in LABELLED for part in ("--dataset", text.format(data=data)))]  # fmt: skip
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
@@ -98,11 +99,14 @@ def run(stage: Stage, before: Path, work: Path, data: Path, processes: int) -> d
     )
     if done.returncode:
         sys.exit(f"{stage.name} ended with {done.returncode}")
+    shown = shlex.join(["torchrun", *launcher[1:], "edgesam_deploy", *words]).replace(str(data), "DATA")
+    if stage is STAGES[0]:  # from a file that lies anywhere
+        shown = shown.replace(first, before.name)
     folder = work / stage.name
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return {
         "about": stage.about,
-        "command": shlex.join(["torchrun", *launcher[1:], "edgesam_deploy", *words]).replace(str(data), "DATA"),
+        "command": shown,
         "run": {k: v for k, v in record.items() if k != "machine"},
         "log": curve(folder / "log.csv"),
         "checks": curve(folder / "checks.csv"),
