@@ -50,13 +50,8 @@ STAGES = (
         "--learn decoder --shapes 1 --windows 1 --small 0.4 --prompts 96 --lr 3e-4 --final 0.3 --epochs 0.85",
     ),
     Stage(
-        "masks-decoder", "the decoder learns true masks, in windows",
-        "--learn decoder --shapes 0.2 --windows 0.9 --small 0.4 --box 0.5 --prompts 64 --lr 2.5e-4 --final 0.4 "
-        "--epochs 0.85",
-    ),
-    Stage(
-        "masks", "the whole network learns",
-        "--shapes 0.1 --windows 0.8 --small 0.3 --box 0.55 --prompts 64 --lr 1.5e-4 --final 0.25 --epochs 2.1",
+        "masks", "the whole network learns true masks, in windows",
+        "--shapes 0.1 --windows 0.8 --small 0.3 --box 0.55 --prompts 64 --lr 1.5e-4 --final 0.1 --epochs 4.2",
     ),
     Stage(
         "whole", "the same, most masks decoded in the whole embedding",

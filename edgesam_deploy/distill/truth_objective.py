@@ -109,13 +109,11 @@ def decode(
     position = sam.prompt_encoder.get_dense_pe().to(source.dtype)
     if image is None:
         image = torch.arange(len(embeddings), device=source.device).repeat_interleave(count // len(embeddings))
-    if windows is None or int(windows[0, 0]) == cells:
-        source, position = source[image], position.expand(count, -1, -1, -1)
-    else:
-        source, position = (
-            cut_embeddings(source, image, windows),
-            cut_embeddings(position, torch.zeros_like(image), windows),
-        )
+    if windows is None:
+        windows = image.new_tensor([[cells, 0, 0]]).expand(count, 3)
+    source, position = (
+        cut_embeddings(each, which, windows) for each, which in ((source, image), (position, torch.zeros_like(image)))
+    )
     hidden, source = decoder.transformer(source, position, tokens)
     weights = torch.stack([mlp(hidden[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=2)
     return upscale(decoder.output_upscaling, source, weights), decoder.iou_prediction_head(hidden[:, 0])

@@ -54,7 +54,7 @@ def cut_embeddings(embeddings: Tensor, image: Tensor, windows: Tensor) -> Tensor
     count, channels, cells, _ = embeddings.shape
     side = int(windows[0, 0])
     if side == cells:
-        return embeddings[image]
+        return embeddings[image] if count > 1 else embeddings.expand(len(image), -1, -1, -1)
     step = torch.arange(side, device=windows.device)
     rows, columns = windows[:, 1, None, None] + step[:, None], windows[:, 2, None, None] + step
     index = (image[:, None, None] * cells + rows) * cells + columns
