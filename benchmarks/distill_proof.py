@@ -65,7 +65,7 @@ class Kill:
 
 def words(folder: Path, size: int, updates: int, batch: int) -> list[object]:
     """A run of so many updates, without its output folder."""
-    teacher = write_recipe(folder / "teacher.toml", size, "hgnetv2_b0")
+    teacher = write_recipe(folder / "teacher.toml", size)
     student = write_recipe(folder / "student.toml", size, BACKBONE)
     train, _ = split(len(Corpus([PHOTOS])), HELD)
     return [student, "--teacher", teacher, "--checkpoint", WEIGHTS, "--images", PHOTOS, "--held", HELD, "--warmup", 5,

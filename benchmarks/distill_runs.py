@@ -28,11 +28,11 @@ REFERENCE = ROOT / "export" / "reference.toml"
 BACKBONE = "mobilenetv4_conv_small"
 
 
-def write_recipe(path: Path, size: int, backbone: str) -> Path:
-    """The reference recipe at another size, with another backbone; named as the file."""
+def write_recipe(path: Path, size: int, backbone: str | None = None) -> Path:
+    """The reference recipe at another size, with another backbone if one is given; named as the file."""
     text = REFERENCE.read_text(encoding="utf-8")
-    values = {"image_size": size, "prompt_size": size, "embedding_size": size // 16}
-    for name, value in {"name": path.stem, "backbone": backbone, **values}.items():
+    values = {"image_size": size, "prompt_size": size, "embedding_size": size // 16, "name": path.stem}
+    for name, value in {**values, **({"backbone": backbone} if backbone else {})}.items():
         before = next(line for line in text.splitlines() if line.startswith(f"{name} ="))
         text = text.replace(before, f"{name} = {json.dumps(value)}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import readme_experiments
 import readme_families
 import readme_reference
 import readme_survey
-from result_tables import ROOT, load, table
+from result_tables import ROOT, load, of_earlier, table
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 EFFICIENCY = ROOT / "edgesam_deploy" / "assets" / "efficiency.json"
@@ -111,7 +111,8 @@ def int8_speed() -> list[str]:
         f"**Image encoders on {result['machine']}**, {result['threads']} threads, {result['runs']} alternating runs, "
         "medians (quartiles of the ratio). The first row of each is the FP32 graph as samexporter exports it, on ONNX "
         "Runtime with its default options; the others are ours. MobileSAM and NanoSAM's ResNet-18 in shape and size, "
-        "with random weights. The last column: operations against what the CPU's INT8 units could do "
+        f"with random weights. {of_earlier(result['encoders']['reference']['macs'])}The last column: operations "
+        "against what the CPU's INT8 units could do "
         f"({limit['unit'].replace('_', ' ')}: {limit['operations_per_cycle']} operations a cycle × "
         f"{limit['clock_hz'] / 1e9:.1f} GHz × {limit['cores']} cores). Source: "
         "`benchmarks/results/cpu/int8-speed.json`, `cpu_int8.py`.",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from result_tables import RESULTS, load, table
+from result_tables import RESULTS, load, of_earlier, table
 
 from edgesam_deploy.measure.chart import LEFT, RIGHT, WIDTH, LinearAxis, colours, frame, linear_y, svg
 from edgesam_deploy.measure.protocol import BOX, BY_PREDICTED, CLICK, SAME_INDEX, SINGLE
@@ -25,7 +25,7 @@ def experiments() -> list[str]:
         return []
     header = ["experiment", "encoder GMACs", "minutes", "updates", "agreement: click", "box", "mIoU, annotated box",
               "small", "medium", "large", "one click, by predicted IoU"]  # fmt: skip
-    rows = [["the teacher: reference", *_teacher(result)]]
+    rows = [["the teacher", *_teacher(result)]]
     rows += [_row(name, entry) for name, entry in result["experiments"].items()]
     run = next(iter(result["experiments"].values()))["run"]
     threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
@@ -35,8 +35,8 @@ def experiments() -> list[str]:
         "bounds. "
         "Agreement: mIoU with the teacher's masks to the same prompts, on all objects of coco-subset/val, which no run "
         "has seen; mIoU: with the true masks there (95 % interval). Before → after. Distilled from "
-        f"{run['images']} photographs without labels. Source: `benchmarks/results/distill/experiments.json`, "
-        "`distillation.py`.",
+        f"{run['images']} photographs without labels. {_of_earlier(result)}"
+        "Source: `benchmarks/results/distill/experiments.json`, `distillation.py`.",
         "",
         *table(header, rows),
         "",
@@ -105,9 +105,20 @@ def _chart(curves: Mapping[str, list[Row]]) -> str:
     return svg(title, frame_of + "".join(drawn), STYLE)
 
 
+def teacher_macs(result: Row) -> int | None:
+    """Of its encoder, where a student was pruned out of it."""
+    of = [entry["pruned"]["macs_before"] for entry in result["experiments"].values() if "pruned" in entry]
+    return int(of[0]) if of else None
+
+
+def _of_earlier(result: Row) -> str:
+    macs = teacher_macs(result)
+    return of_earlier(macs, "The teacher") if macs else ""
+
+
 def _teacher(result: Row) -> list[str]:
-    before = next(iter(result["experiments"].values())).get("pruned") or {}
-    macs = f"{before['macs_before'] / 1e9:.2f}" if before else NONE
+    found = teacher_macs(result)
+    macs = f"{found / 1e9:.2f}" if found else NONE
     return [macs, NONE, NONE, "1", "1", *_truth(None, result["teacher"])]
 
 

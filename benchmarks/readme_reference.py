@@ -32,15 +32,17 @@ def stages() -> list[str]:
     if not SOURCE.is_file():
         return []
     result = load(SOURCE)
-    header = ["stage", "updates", "prompts", "minutes", "held out: boxes", "clicks"]
+    header = ["stage", "updates", "views", "prompts", "minutes", "held out: boxes", "clicks"]
     rows, minutes = [], 0.0
     for name, entry in result["stages"].items():
-        run = entry["run"]
+        run, held = entry["run"], entry["run"]["held_out"]
         minutes += run["seconds"] / 60
-        prompts = run["step"] * run["processes"] * run["options"]["batch"] * run["options"]["prompts"]
-        held = run["held_out"]
-        rows.append([f"{name}: {entry['about']}", f"{run['step']:,}", f"{prompts:,}", f"{run['seconds'] / 60:.0f}",
-                     f"{held['box_iou']:.3f}", f"{held['click_iou']:.3f}"])  # fmt: skip
+        views = run["step"] * run["processes"] * run["options"]["batch"]
+        with_teacher = " with its teacher" if of_teacher(entry) else ""
+        prompts = "–" if of_teacher(entry) else f"{views * run['options']['prompts']:,}"
+        rows.append([f"{name}: {entry['about']}", f"{run['step']:,}", f"{views:,}", prompts,
+                     f"{run['seconds'] / 60:.0f}", f"{held['box_iou']:.3f}{with_teacher}",
+                     f"{held['click_iou']:.3f}{with_teacher}"])  # fmt: skip
     whole, *others = [entry["command"] for entry in result["stages"].values()]
     commands = "; ".join(f"`{command}`" for command in (whole, *(c.partition(" --dataset ")[0] + " …" for c in others)))
     return [
@@ -55,6 +57,11 @@ def stages() -> list[str]:
         "",
         f"Commands: {commands}.",
     ]
+
+
+def of_teacher(entry: Row) -> bool:
+    """Whether its validation compares with a teacher's masks, not with true ones."""
+    return "cosine" in entry["run"]["held_out"]
 
 
 def first(result: Row) -> Row:
@@ -72,7 +79,7 @@ def _chart(stages_of: Mapping[str, Row]) -> str:
     for name, entry in stages_of.items():
         begins[name] = begin
         run = entry["run"]
-        for check in entry["checks"]:
+        for check in [] if of_teacher(entry) else entry["checks"]:
             points.append((begin + check["step"] / run["step"] * run["seconds"] / 60, check))
         begin += run["seconds"] / 60
     x = LinearAxis(0, begin, LEFT, WIDTH - RIGHT)

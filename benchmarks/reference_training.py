@@ -1,10 +1,11 @@
-"""How the reference model is trained: a curriculum of ``sam-export finetune``, each stage from the weights of the last.
+"""How the reference model is trained: a curriculum of ``sam-export``, each stage from the weights of the last.
 
-    python benchmarks/reference_training.py --data DIR --work DIR --init FILE [--processes 2] [--stages NAME ...]
+    python benchmarks/reference_training.py --data DIR --work DIR --init FILE --backbone FILE [--stages NAME ...]
 
-DIR of --data holds the packs bsds500, coco-subset, ecssd and sod-masks; no split for evaluation is learnt from. --init:
-weights to begin with. --work keeps the runs, which go on where they stopped. Writes benchmarks/results/distill/
-reference.json, an entry per stage: command, origin, seconds, and loss and mask IoU on held-out images over training.
+DIR of --data holds the packs bsds500, coco-subset, ecssd, imagenet-sample and sod-masks; no split for evaluation is
+learnt from. --init: weights to begin with, of the network ``teacher.toml`` that is written to --work; --backbone: see
+``reference_start.py``. --work keeps the runs; a stage that is finished there is taken as it is. Writes benchmarks/
+results/distill/reference.json, an entry per stage: command, origin, seconds, loss and mask IoU over training.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_runs import RESULTS, ROOT
-from distillation import LABELLED, curve
+from distill_runs import RESULTS, ROOT, write_recipe
+from distillation import IMAGES, LABELLED, SIZE, curve, link_images
 
 from edgesam_deploy.files import write_json
 from edgesam_deploy.measure.latency import machine
@@ -31,34 +32,49 @@ OUTPUT = RESULTS / "reference.json"
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 
 
+START = "start.pt"
+TEACHER = "teacher"  # the network of the stages before the backbone that knows ImageNet
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """options: of the command, without what all stages share."""
+    """options: of the command, without what all stages share. recipe: of the network that learns."""
 
     name: str
     about: str
     options: str
+    recipe: str = "reference"
+    command: str = "finetune"
 
 
 STAGES = (
     Stage(
         "ellipses-256", "the decoder alone learns boxes from ellipses, at half the size",
-        "--learn decoder --image-size 256 --shapes 1 --axes 4 --prompts 64 --lr 8e-4 --final 0.2 --epochs 1.05",
+        "--learn decoder --image-size 256 --shapes 1 --axes 4 --prompts 64 --lr 8e-4 --warmup 20 --final 0.2 "
+        "--epochs 1.05 --ema 0.99", TEACHER,
     ),
     Stage(
         "ellipses-512", "the same at full size, in windows",
-        "--learn decoder --shapes 1 --windows 1 --small 0.4 --prompts 96 --lr 3e-4 --final 0.3 --epochs 0.85",
+        "--learn decoder --shapes 1 --windows 1 --small 0.4 --prompts 96 --lr 3e-4 --warmup 20 --final 0.3 "
+        "--epochs 0.85 --ema 0.99", TEACHER,
     ),
     Stage(
-        "masks", "the whole network learns true masks, in windows",
-        "--shapes 0.1 --windows 0.8 --small 0.3 --box 0.55 --prompts 64 --lr 1.5e-4 --final 0.1 --epochs 4.2",
+        "decoder", "the decoder alone learns true masks, in windows",
+        "--learn decoder --shapes 0.2 --windows 0.9 --small 0.4 --box 0.5 --prompts 64 --lr 2.5e-4 --warmup 20 "
+        "--final 0.05 --epochs 1.5 --ema 0.99", TEACHER,
     ),
     Stage(
-        "whole", "the same, most masks decoded in the whole embedding",
-        "--shapes 0.1 --windows 0.3 --small 0.2 --box 0.55 --prompts 40 --lr 5e-5 --final 0.02 --epochs 1.05",
+        "embeddings", "a new encoder, whose backbone knows ImageNet, learns the embeddings of the one so far",
+        "--on-the-fly --views 0.5 --loss mse --prompts 16 --lr 1e-3 --warmup 20 --final 0.05 --epochs 1 --ema 0.98",
+        command="distill",
+    ),
+    Stage(
+        "masks", "the whole network learns true masks, boxes in windows",
+        "--shapes 0.1 --windows 0.8 --small 0.3 --box 0.55 --prompts 44 --lr 2e-4 --warmup 20 --final 0.03 "
+        "--epochs 3.3 --ema 0.99",
     ),
 )  # fmt: skip
-SHARED = "--batch 1 --warmup 20 --ema 0.99 --freeze-norm --held 32 --check-every 120 --threads 1"
+SHARED = "--freeze-norm --threads 1"
 
 
 def main() -> None:
@@ -66,42 +82,64 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--init", type=Path, required=True)
+    parser.add_argument("--backbone", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--stages", nargs="+", choices=[stage.name for stage in STAGES])
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    work, data = options.work.resolve(), options.data.resolve()
+    write_recipe(work / f"{TEACHER}.toml", SIZE, "hgnetv2_b0")
+    link_images(work, data)
     before = options.init.resolve()
     for stage in STAGES:
         if options.stages is None or stage.name in options.stages:
-            entry = run(stage, before, options.work.resolve(), options.data.resolve(), options.processes)
+            if stage.command == "distill":
+                start(options.backbone, before, work / START)
+            entry = run(stage, before, work, data, options.processes)
             write(options.output, stage.name, entry)
             print(f"{stage.name}: wrote {options.output}")
-        before = options.work.resolve() / stage.name / "student.pt"
+        before = work / stage.name / "student.pt"
+
+
+def start(backbone: Path, before: Path, output: Path) -> None:
+    words = ["--backbone", str(backbone), "--decoder", str(before), "--output", str(output)]
+    if not output.is_file():
+        subprocess.run([sys.executable, str(ROOT / "benchmarks" / "reference_start.py"), *words], check=True)
+
+
+def command(stage: Stage, before: Path, work: Path, data: Path) -> list[str]:
+    """The words of sam-export, given in the folder ``work``."""
+    recipe = f"{TEACHER}.toml" if stage.recipe == TEACHER else stage.recipe
+    first = os.path.relpath(before, work)
+    words = [stage.command, recipe, "-o", stage.name, *stage.options.split(), *SHARED.split()]
+    if stage.command == "distill":
+        words += ["--teacher", f"{TEACHER}.toml", "--checkpoint", first, "--init", START, "--batch", "2",
+                  "--teacher-batch", "2", "--held", "16", "--check-every", "150", "--images", IMAGES]  # fmt: skip
+        return words
+    words += ["--init", first, "--batch", "1", "--held", "32", "--check-every", "120"]
+    words += ["--half"] * (stage is STAGES[-1])
+    return words + [part for text in LABELLED for part in ("--dataset", text.format(data=data))]
 
 
 def run(stage: Stage, before: Path, work: Path, data: Path, processes: int) -> dict[str, Any]:
-    """Train to the end; the command as a reader would give it, and what it left. Ends this script where it fails."""
-    last = stage is STAGES[-1]
-    first = os.path.relpath(before, work)
-    words = ["finetune", "reference", "--init", first, "-o", stage.name,
-             *stage.options.split(), *SHARED.split(), *(["--half"] if last else []),
-             *(part for text in LABELLED for part in ("--dataset", text.format(data=data)))]  # fmt: skip
+    """Train to the end, unless that was done before; the command as a reader would give it, and what it left. Ends this
+    script where it fails."""
+    words = command(stage, before, work, data)
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "edgesam_deploy", *words], check=False, cwd=work, env=environment
-    )
-    if done.returncode:
-        sys.exit(f"{stage.name} ended with {done.returncode}")
-    shown = shlex.join(["torchrun", *launcher[1:], "edgesam_deploy", *words]).replace(str(data), "DATA")
-    if stage is STAGES[0]:  # from a file that lies anywhere
-        shown = shown.replace(first, before.name)
     folder = work / stage.name
+    if not (folder / "run.json").is_file():
+        environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-m", *launcher, "edgesam_deploy", *words], check=False, cwd=work, env=environment
+        )
+        if done.returncode:
+            sys.exit(f"{stage.name} ended with {done.returncode}")
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    shown = shlex.join(["torchrun", *launcher[1:], "edgesam_deploy", *words]).replace(str(data), "DATA")
     return {
         "about": stage.about,
-        "command": shown,
+        "command": shown.replace(os.path.relpath(before, work), before.name) if stage is STAGES[0] else shown,
         "run": {k: v for k, v in record.items() if k != "machine"},
         "log": curve(folder / "log.csv"),
         "checks": curve(folder / "checks.csv"),

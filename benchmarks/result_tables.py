@@ -8,6 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+COUNTS = ROOT / "edgesam_deploy" / "assets" / "counts.json"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -17,3 +18,13 @@ def load(path: Path) -> dict[str, Any]:
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def of_earlier(encoder_macs: int, what: str = "`reference`") -> str:
+    """A sentence and a space, for results on a reference model of another network than the one shipped now; else ""."""
+    if encoder_macs == load(COUNTS)["models"]["reference"]["encoder_macs"]:
+        return ""
+    return (
+        f"{what} is here the reference model as it was shipped before, with an HGNetV2-B0 encoder "
+        f"({encoder_macs / 1e9:.2f} GMACs). "
+    )

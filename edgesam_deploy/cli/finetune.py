@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     type=share,
     default=0.0,
     show_default=True,
-    help="Share decoded in a part of the embedding around each prompt: more prompts in the same time.",
+    help="Share whose boxes are decoded in a part of the embedding around them: more prompts in the same time.",
 )
 @click.option(
     "--axes",

@@ -99,7 +99,7 @@ class FinetuneOptions(TrainOptions):
     """learn: what of the network does. image_size: of the views, 0 for the recipe's; a curriculum begins small.
 
     flat, paste, fit, box, small: see ``views.Settings``. shapes: share of micro-steps in which the decoder alone learns
-    boxes from ellipses. windows: share of views whose prompts are decoded in a part of the embedding (``windows``).
+    boxes from ellipses. windows: share of views whose boxes are decoded in a part of the embedding (``windows``).
     axes: highest frequency of points' positions, 0 to leave them encoded as they are (``encode_axes``).
     """
 

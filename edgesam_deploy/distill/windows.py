@@ -2,7 +2,8 @@
 
 The decoder's cost grows with the cells it sees, and a small object needs few of them: a quarter of the side holds a
 sixteenth. Positions stay those of the whole image, so that what is learnt holds for the whole embedding, which the last
-stage of a curriculum should decode.
+stage of a curriculum should decode. A single click is always decoded in the whole: how large its object is, is what it
+does not say and the decoder must find out, and a window would tell.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgesam_deploy.contract import LABEL_PADDING, MASK_UPSCALE
+from edgesam_deploy.contract import LABEL_FOREGROUND, LABEL_PADDING, MASK_UPSCALE
 from edgesam_deploy.distill.views import Sample
 
 # Sides of windows in eighths of the embedding's, and the cells that one has at least.
@@ -24,12 +25,16 @@ TIGHT = 0.75
 
 def draw_windows(rng: np.random.Generator, sample: Sample, cells: int) -> NDArray[np.int64]:
     """(P,3) int64: side, row and column, in cells of the embedding, of one window for each prompt of ``sample``; it
-    holds the prompt's points and its mask. cells: E, the side of the embedding."""
+    holds the prompt's points and its mask; the whole for a single click. cells: E, the side of the embedding."""
     sides = [side for side in (cells * part // 8 for part in EIGHTHS) if side >= min(SMALLEST, cells)]
     windows = np.zeros((len(sample.targets), 3), np.int64)
     for row, (coords, labels, target) in enumerate(
         zip(sample.point_coords, sample.point_labels, sample.targets, strict=True)
     ):
+        given = labels[labels != LABEL_PADDING]
+        if len(given) == 1 and given[0] == LABEL_FOREGROUND:
+            windows[row] = cells, 0, 0
+            continue
         low, high = _extent(coords[labels != LABEL_PADDING], sample.image.shape[0], target, cells)
         fitting = [side for side in sides if side >= (high - low).max()]
         side = fitting[0] if rng.random() < TIGHT else fitting[:2][-1]

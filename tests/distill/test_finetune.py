@@ -273,7 +273,7 @@ def test_small_masks_are_asked_for_more_often(datasets: list[str]) -> None:
 
 
 def test_windows_hold_what_is_asked_for(datasets: list[str]) -> None:
-    """A prompt's points and its whole mask; of five sizes, which do not tell the object's."""
+    """A prompt's points and its whole mask; of five sizes, which do not tell the object's. One click: all there is."""
     labelled = open_all(datasets)
     everything = np.arange(len(labelled))
     settings = Settings(512, 128, 8, (123, 116, 103), flat=0, paste=0, fit=0.5, box=0.5)
@@ -283,7 +283,7 @@ def test_windows_hold_what_is_asked_for(datasets: list[str]) -> None:
         x0, y0, x1, y1 = tight_box(mask)
         return max(x1 - x0, y1 - y0) <= 16
 
-    sides, loose = set(), 0
+    sides, loose, clicks = set(), 0, 0
     for micro in range(24):
         _, coords, labels, targets, windows, _ = views[0, micro % len(labelled), micro]
         for points, kinds, target, (side, row, column) in zip(coords, labels, targets, windows.tolist(), strict=True):
@@ -294,10 +294,15 @@ def test_windows_hold_what_is_asked_for(datasets: list[str]) -> None:
             inside = points[kinds >= 0].numpy() / 16 - (column, row)
             assert (inside >= 0).all()
             assert (inside <= side).all()
+            if kinds[kinds >= 0].tolist() == [1]:
+                assert (side, row, column) == (32, 0, 0), "a window would tell the size that a click leaves open"
+                clicks += 1
+                continue
             sides.add(side)
             loose += bool(side > 8 and small((target > 0).numpy()))
     assert sides == {8, 12, 16, 24, 32}
     assert loose > 0
+    assert clicks > 0
 
 
 def test_a_window_is_decoded_as_segment_anything_decodes_that_part(tiny_recipe: Path, checkpoint: Path) -> None:
