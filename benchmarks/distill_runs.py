@@ -35,6 +35,8 @@ def write_recipe(path: Path, size: int, backbone: str | None = None) -> Path:
     for name, value in {**values, **({"backbone": backbone} if backbone else {})}.items():
         before = next(line for line in text.splitlines() if line.startswith(f"{name} ="))
         text = text.replace(before, f"{name} = {json.dumps(value)}")
+    if backbone:  # its layers have other names than those that the reference's INT8 rules speak of
+        text = "\n\n".join(part for part in text.split("\n\n") if "[precision.int8]" not in part)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path

@@ -19,7 +19,7 @@ import readme_experiments
 import readme_families
 import readme_reference
 import readme_survey
-from result_tables import ROOT, load, of_earlier, table
+from result_tables import ROOT, load, of_earlier, of_earlier_recipe, table
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 EFFICIENCY = ROOT / "edgesam_deploy" / "assets" / "efficiency.json"
@@ -42,8 +42,9 @@ def agreement() -> list[str]:
     count = result["images"] * result["prompts_per_image"]
     return [
         f"**Mask IoU with the same weights in PyTorch FP32**, {result['images']} images of COCO val and DAVIS, {count} "
-        "prompts, reference model. fp16 is measured on an emulated graph; the last row compares the encodings for "
-        "TensorRT and for the CPU with each other. Source: `benchmarks/results/cpu/agreement.json`, `agreement.py`.",
+        f"prompts, reference model. {of_earlier_recipe(result)}fp16 is measured on an emulated graph; the last row "
+        "compares the encodings for TensorRT and for the CPU with each other. Source: "
+        "`benchmarks/results/cpu/agreement.json`, `agreement.py`.",
         "",
         *table(header, rows),
     ]
@@ -67,7 +68,7 @@ def precision() -> list[str]:
         f"**What INT8 costs**, {result['witness']}. Mask IoU with the same weights in PyTorch FP32 on "
         f"{result['images']} images of COCO val and DAVIS, {result['images'] * result['prompts_per_image']} prompts; "
         f"mIoU with the truth for the true boxes of {first['all']['count']} COCO val objects. ±: standard error over "
-        "images. Source: `benchmarks/results/cpu/precision.json`, `precision.py`.",
+        f"images. {of_earlier_recipe(result)}Source: `benchmarks/results/cpu/precision.json`, `precision.py`.",
         "",
         *table(header, rows),
     ]
@@ -157,10 +158,10 @@ def parity() -> list[str]:
 
 
 def quality() -> list[str]:
-    """Ground-truth figures of the reference model beside what it started from and two trivial answers to a box."""
+    """Ground-truth figures of the reference model beside the one before and two trivial answers to a box."""
     sources = {
         "shipped reference": read("reference-quality"),
-        "what it was fine-tuned from": read("warm-start-quality"),
+        "the one before it, HGNetV2-B0 without ImageNet": read("earlier-quality"),
     }
     header = ["mIoU against ground truth", "COCO val, true box", "small", "medium", "large", "BSDS test, one click"]
     rows = []
@@ -176,8 +177,9 @@ def quality() -> list[str]:
         )
     return [
         "**The reference model is weak**: it was trained on a CPU from a few hundred images so that the whole path can "
-        "be tried without a download. Use it to check your set-up, and MobileSAM or SAM for work. Source: "
-        "`benchmarks/results/cpu/reference-quality.json`, `warm-start-quality.json`, `reference_quality.py`.",
+        "be tried without a download. Use it to check your set-up, and MobileSAM or SAM for work. How it was trained: "
+        "`benchmarks/RESULTS.md`. Source: `benchmarks/results/cpu/reference-quality.json`, `earlier-quality.json`, "
+        "`reference_quality.py`.",
         "",
         *table(header, rows),
     ]

@@ -151,8 +151,7 @@ def write(path: Path, name: str, entry: dict[str, Any]) -> None:
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
     stages = {**content["stages"], name: entry}
-    ordered = {stage.name: stages[stage.name] for stage in STAGES if stage.name in stages}
-    write_json(path, {"machine": machine(), "tools": tool_versions(), "stages": ordered})
+    write_json(path, {"machine": machine(), "cores": os.cpu_count(), "tools": tool_versions(), "stages": stages})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgesam_deploy.recipe import load_recipe
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COUNTS = ROOT / "edgesam_deploy" / "assets" / "counts.json"
@@ -18,6 +20,13 @@ def load(path: Path) -> dict[str, Any]:
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def of_earlier_recipe(result: dict[str, Any]) -> str:
+    """As ``of_earlier``, for results that name the recipe they are of."""
+    if result["recipe_digest"] == load_recipe("reference").digest:
+        return ""
+    return "The reference model is here the one that was shipped before, with an HGNetV2-B0 encoder. "
 
 
 def of_earlier(encoder_macs: int, what: str = "`reference`") -> str:

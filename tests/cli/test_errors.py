@@ -91,7 +91,7 @@ def _recipes(scene: Path, tiny: str) -> None:
     write("number-keep", tiny + "\n[precision.int8]\nkeep = [7]\n")
     write("short-sha256", re.sub(r"^sha256 = .*$", 'sha256 = "abc"', tiny, flags=re.M))
     write("other-sha256", re.sub(r"^sha256 = .*$", f'sha256 = "{"0" * 64}"', tiny, flags=re.M))
-    write("no-url", re.sub(r'^file = "assets/reference.pt"$', "", tiny, flags=re.M))
+    write("no-url", re.sub(r'^file = ".*"$', "", tiny, flags=re.M))
     write("refused-url", re.sub(r"^file = .*$", 'url = "http://127.0.0.1:1/weights.pt"', tiny, flags=re.M))
     unreached = re.sub(r"^file = .*$", 'url = "http://127.0.0.1:1/weights.pt"', tiny, flags=re.M)
     write("unverified", re.sub(r"^sha256.*$", "", unreached, flags=re.M))
@@ -440,7 +440,7 @@ CHECKPOINTS: dict[str, Row] = {
     "sha256-of-the-packaged-one": (
         "export {other-sha256.toml} -o {out}",
         1,
-        ("reference.pt was altered: expected sha256 " + "0" * 64, "install edgesam-deploy again"),
+        ("hgnetv2_b0.pt was altered: expected sha256 " + "0" * 64, "install edgesam-deploy again"),
     ),
     "address-refused": (
         "export {refused-url.toml} -o {out}",
