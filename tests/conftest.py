@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PHOTOS = REPOSITORY / "edgesam_deploy" / "assets" / "photos"
 TINY_SIZE = 128
-WEIGHTS = REPOSITORY / "tests" / "data" / "hgnetv2_b0.pt"
+WEIGHTS = REPOSITORY / "tests" / "data" / "tiny.pt"
 WEIGHTS_SHA256 = "8193398c055161921119e06fd690c6b93b0c6818100341646406834171818ce3"
 
 

@@ -440,7 +440,7 @@ CHECKPOINTS: dict[str, Row] = {
     "sha256-of-the-packaged-one": (
         "export {other-sha256.toml} -o {out}",
         1,
-        ("hgnetv2_b0.pt was altered: expected sha256 " + "0" * 64, "install edgesam-deploy again"),
+        ("tiny.pt was altered: expected sha256 " + "0" * 64, "install edgesam-deploy again"),
     ),
     "address-refused": (
         "export {refused-url.toml} -o {out}",
