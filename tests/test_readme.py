@@ -108,7 +108,9 @@ def test_search_runs_on_a_tiny_model(
     assert re.search(r"mask IoU|keep fp", result.output)
 
 
-def test_trainings_run_on_tiny_models(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainings_run_on_tiny_models(
+    tiny_recipe: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the README has them, one from the other's result, but for student, teacher and images."""
     import tarfile
 
@@ -127,11 +129,10 @@ def test_trainings_run_on_tiny_models(tiny_recipe: Path, tmp_path: Path, monkeyp
     parts = [_instances(read_image(PHOTO).shape[:2], number) for number in range(3)]
     together = {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
     Path("instances_train2017.json").write_text(json.dumps(together), encoding="utf-8")
-    weights = ROOT / "edgesam_deploy" / "assets" / "reference.pt"
     for command, name in zip(TRAININGS, ("distill", "finetune"), strict=True):
         words = [str(tiny_recipe) if w in ("student_resnet18", "mobile_sam") else w for w in shlex.split(command)[1:]]
         assert (words[0], words.count(str(tiny_recipe))) == (name, 2 if name == "distill" else 1)
-        own = ["--checkpoint", str(weights)] if name == "distill" else ["--held", "1"]
+        own = ["--checkpoint", str(checkpoint)] if name == "distill" else ["--held", "1"]
         result = CliRunner().invoke(main, [*words, *own, "--epochs", "1", "--batch", "1", "--prompts", "2"])
         assert result.exit_code == 0, result.output
         output = words[words.index("-o") + 1]
