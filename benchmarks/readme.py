@@ -19,7 +19,7 @@ import readme_experiments
 import readme_families
 import readme_reference
 import readme_survey
-from result_tables import ROOT, load, of_earlier, of_earlier_recipe, table
+from result_tables import ROOT, load, of_earlier, table
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 EFFICIENCY = ROOT / "edgesam_deploy" / "assets" / "efficiency.json"
@@ -42,8 +42,8 @@ def agreement() -> list[str]:
     count = result["images"] * result["prompts_per_image"]
     return [
         f"**Mask IoU with the same weights in PyTorch FP32**, {result['images']} images of COCO val and DAVIS, {count} "
-        f"prompts, reference model. {of_earlier_recipe(result)}fp16 is measured on an emulated graph; the last row "
-        "compares the encodings for TensorRT and for the CPU with each other. Source: "
+        f"prompts, `reference`. {of_earlier(recipe=result['recipe_digest'])}fp16 is measured on an emulated graph; "
+        "the last row compares the encodings for TensorRT and for the CPU with each other. Source: "
         "`benchmarks/results/cpu/agreement.json`, `agreement.py`.",
         "",
         *table(header, rows),
@@ -54,7 +54,7 @@ def precision() -> list[str]:
     """What each way to INT8 costs in mask quality; FP32 is the row that the others lose against."""
     result = read("precision")
     sizes = ("small", "medium", "large")
-    header = ["reference model", "mask IoU with PyTorch", *sizes, "GT-box mIoU", "lost, points", *sizes]
+    header = ["`reference`", "mask IoU with PyTorch", *sizes, "GT-box mIoU", "lost, points", *sizes]
     rows = []
     for row in result["rows"]:
         iou, truth = row["agreement"], row["ground_truth"]
@@ -68,7 +68,8 @@ def precision() -> list[str]:
         f"**What INT8 costs**, {result['witness']}. Mask IoU with the same weights in PyTorch FP32 on "
         f"{result['images']} images of COCO val and DAVIS, {result['images'] * result['prompts_per_image']} prompts; "
         f"mIoU with the truth for the true boxes of {first['all']['count']} COCO val objects. ±: standard error over "
-        f"images. {of_earlier_recipe(result)}Source: `benchmarks/results/cpu/precision.json`, `precision.py`.",
+        f"images. {of_earlier(recipe=result['recipe_digest'])}Source: `benchmarks/results/cpu/precision.json`, "
+        "`precision.py`.",
         "",
         *table(header, rows),
     ]
@@ -112,7 +113,7 @@ def int8_speed() -> list[str]:
         f"**Image encoders on {result['machine']}**, {result['threads']} threads, {result['runs']} alternating runs, "
         "medians (quartiles of the ratio). The first row of each is the FP32 graph as samexporter exports it, on ONNX "
         "Runtime with its default options; the others are ours. MobileSAM and NanoSAM's ResNet-18 in shape and size, "
-        f"with random weights. {of_earlier(result['encoders']['reference']['macs'])}The last column: operations "
+        f"with random weights. {of_earlier(macs=result['encoders']['reference']['macs'])}The last column: operations "
         "against what the CPU's INT8 units could do "
         f"({limit['unit'].replace('_', ' ')}: {limit['operations_per_cycle']} operations a cycle × "
         f"{limit['clock_hz'] / 1e9:.1f} GHz × {limit['cores']} cores). Source: "

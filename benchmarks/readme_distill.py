@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from result_tables import RESULTS, load, table
+from result_tables import RESULTS, load, of_earlier, table
 
 FOLDER = RESULTS / "distill"
 WORK = {"pass": "teacher's pass", "cached": "updates from the cache", "fly": "updates, teacher beside"}
@@ -78,7 +78,8 @@ def _memory(found: dict[str, Any]) -> list[str]:
     origin, sizes = found["cached"]["origin"], [f"{int(size):,} images" for size in found["cached"]["at"]]
     return [
         f"**Memory of `sam-export distill` by the number of images**, MB resident, of them loader processes in "
-        f"brackets; teacher `{origin['teacher']}`, student `{origin['student']}`, equal work at both. The images are "
+        f"brackets; teacher `{origin['teacher']}`, student `{origin['student']}`, equal work at both. "
+        f"{of_earlier('The teacher', weights=origin['teacher_weights_sha256'])}The images are "
         f"{origin['images_linked']}, linked under new names until there are so many, and their shards likewise. "
         "Source: `benchmarks/results/distill/scale.json`, `distill_scale.py`.",
         "",

@@ -35,7 +35,7 @@ def experiments() -> list[str]:
         "bounds. "
         "Agreement: mIoU with the teacher's masks to the same prompts, on all objects of coco-subset/val, which no run "
         "has seen; mIoU: with the true masks there (95 % interval). Before → after. Distilled from "
-        f"{run['images']} photographs without labels. {_of_earlier(result)}"
+        f"{run['images']} photographs without labels. {of_earlier('The teacher', macs=teacher_macs(result))}"
         "Source: `benchmarks/results/distill/experiments.json`, `distillation.py`.",
         "",
         *table(header, rows),
@@ -109,11 +109,6 @@ def teacher_macs(result: Row) -> int | None:
     """Of its encoder, where a student was pruned out of it."""
     of = [entry["pruned"]["macs_before"] for entry in result["experiments"].values() if "pruned" in entry]
     return int(of[0]) if of else None
-
-
-def _of_earlier(result: Row) -> str:
-    macs = teacher_macs(result)
-    return of_earlier(macs, "The teacher") if macs else ""
 
 
 def _teacher(result: Row) -> list[str]:

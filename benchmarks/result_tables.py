@@ -22,18 +22,18 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def of_earlier_recipe(result: dict[str, Any]) -> str:
-    """As ``of_earlier``, for results that name the recipe they are of."""
-    if result["recipe_digest"] == load_recipe("reference").digest:
-        return ""
-    return "The reference model is here the one that was shipped before, with an HGNetV2-B0 encoder. "
+def of_earlier(
+    what: str = "`reference`", *, macs: int | None = None, recipe: str | None = None, weights: str | None = None
+) -> str:
+    """A sentence and a space, where a result is not of the reference model that is shipped now; else "".
 
-
-def of_earlier(encoder_macs: int, what: str = "`reference`") -> str:
-    """A sentence and a space, for results on a reference model of another network than the one shipped now; else ""."""
-    if encoder_macs == load(COUNTS)["models"]["reference"]["encoder_macs"]:
+    what: its subject. Told by what the result has of it: macs: multiply-adds of the encoder; recipe: digest of the
+    recipe; weights: sha256.
+    """
+    shipped = load_recipe("reference")
+    now = {"macs": load(COUNTS)["models"]["reference"]["encoder_macs"], "recipe": shipped.digest,
+           "weights": shipped.checkpoint.sha256}  # fmt: skip
+    found = {"macs": macs, "recipe": recipe, "weights": weights}
+    if all(value in (None, now[name]) for name, value in found.items()):
         return ""
-    return (
-        f"{what} is here the reference model as it was shipped before, with an HGNetV2-B0 encoder "
-        f"({encoder_macs / 1e9:.2f} GMACs). "
-    )
+    return f"{what} is here the reference model that was shipped before, with an HGNetV2-B0 encoder of 4.01 GMACs. "
