@@ -30,13 +30,16 @@ main({words!r}, prog_name="sam-export")
 
 def test_a_kit_is_finished_and_audited_without_torch_or_onnx(tmp_path: Path) -> None:
     kit = shutil.copytree(str(KIT), tmp_path / "kit")
-    script = SCRIPT.format(heavy=HEAVY, words=["compile", str(kit), "--audit"])
+    script = SCRIPT.format(heavy=HEAVY, words=["compile", str(kit), "--audit", "--json"])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == []
-    assert "26 fp16, 38 int8, 29 mixed" in done.stdout, (
-        "the reference encoder: 37 convolutions and a pooling; 12 depthwise ones stay FP16"
-    )
+    answer, _, loaded = done.stdout.rstrip().rpartition("\n")
+    assert json.loads(loaded) == []
+    audit = json.loads(answer)["audits"]["encoder"]
+    assert audit["mismatched"] == []
+    meant = [row["compiled"] for row in audit["rows"] if row["wanted"] == "int8"]
+    assert len(meant) > 30, "the reference encoder's convolutions, but for the depthwise ones and its first block"
+    assert set(meant) == {"int8"}
     bundle = load_bundle(kit)
     assert bundle.compiled
     assert sorted(p.suffix for p in Path(kit).glob("*.engine")) == [".engine", ".engine"]
