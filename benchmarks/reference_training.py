@@ -45,6 +45,7 @@ class Stage:
     options: str
     recipe: str = "reference"
     command: str = "finetune"
+    datasets: tuple[str, ...] = LABELLED
 
 
 STAGES = (
@@ -72,6 +73,11 @@ STAGES = (
         "masks", "the whole network learns true masks, boxes in windows",
         "--shapes 0.1 --windows 0.8 --small 0.3 --box 0.55 --prompts 44 --lr 2e-4 --warmup 20 --final 0.03 "
         "--epochs 3.3 --ema 0.99",
+    ),
+    Stage(
+        "regions", "the same, more small boxes and ellipses, bsds500 twice, most clicks on views of half the size",
+        "--shapes 0.2 --windows 0.95 --small 0.5 --box 0.85 --half-clicks 0.45 --prompts 40 --lr 2e-4 --warmup 20 "
+        "--final 0.03 --epochs 2.7 --ema 0.99", datasets=(*LABELLED[:5], *LABELLED[3:]),
     ),
 )  # fmt: skip
 SHARED = "--freeze-norm --threads 1"
@@ -119,7 +125,7 @@ def command(stage: Stage, before: Path, work: Path, data: Path) -> list[str]:
         return words
     words += ["--init", first, "--batch", "1", "--held", "32", "--check-every", "120"]
     words += ["--half"] * (stage is STAGES[-1])
-    return words + [part for text in LABELLED for part in ("--dataset", text.format(data=data))]
+    return words + [part for text in stage.datasets for part in ("--dataset", text.format(data=data))]
 
 
 def run(stage: Stage, before: Path, work: Path, data: Path, processes: int) -> dict[str, Any]:

@@ -114,7 +114,9 @@ def test_trainings_run_on_tiny_models(
     """As the README has them, one from the other's result, but for student, teacher and images."""
     import tarfile
 
+    import timm
     from click.testing import CliRunner
+    from safetensors.torch import save_file
 
     from edgesam_deploy.cli import main
     from edgesam_deploy.images import read_image
@@ -129,6 +131,8 @@ def test_trainings_run_on_tiny_models(
     parts = [_instances(read_image(PHOTO).shape[:2], number) for number in range(3)]
     together = {name: [entry for part in parts for entry in part[name]] for name in parts[0]}
     Path("instances_train2017.json").write_text(json.dumps(together), encoding="utf-8")
+    backbone = timm.create_model("hgnetv2_b0", pretrained=False)  # tiny_recipe's
+    save_file(backbone.state_dict(), "model.safetensors")
     for command, name in zip(TRAININGS, ("distill", "finetune"), strict=True):
         words = [str(tiny_recipe) if w in ("student_resnet18", "mobile_sam") else w for w in shlex.split(command)[1:]]
         assert (words[0], words.count(str(tiny_recipe))) == (name, 2 if name == "distill" else 1)

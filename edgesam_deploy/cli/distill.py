@@ -81,6 +81,7 @@ def command(
         from edgesam_deploy.distill.corpus import Corpus
         from edgesam_deploy.distill.distill import Job, distill
         from edgesam_deploy.distill.distributed import join
+        from edgesam_deploy.distill.first_weights import FirstWeights
         from edgesam_deploy.distill.options import DistillOptions
         from edgesam_deploy.distill.teacher import check_pair
     except ImportError as error:
@@ -107,7 +108,7 @@ def command(
             cache=None if on_the_fly else cache or output / "cache",
             shard_size=given["shard_size"],
             teacher_batch=given["teacher_batch"],
-            init=given["init"],
+            first=FirstWeights(given["init"], given["backbone"]),
         )
         result = distill(job, world, stack.enter_context(watching("distill", world.first, _describe)))
     if world.first:

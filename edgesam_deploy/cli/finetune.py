@@ -48,6 +48,13 @@ if TYPE_CHECKING:
     help="Share whose boxes are decoded in a part of the embedding around them: more prompts in the same time.",
 )
 @click.option(
+    "--half-clicks",
+    type=share,
+    default=0.0,
+    show_default=True,
+    help="Share of updates with clicks alone on views of half the size, which cost a quarter.",
+)
+@click.option(
     "--axes",
     type=click.FloatRange(0),
     default=0.0,
@@ -74,11 +81,12 @@ def command(
 
         from edgesam_deploy.distill.distributed import join
         from edgesam_deploy.distill.finetune import FinetuneJob, finetune
+        from edgesam_deploy.distill.first_weights import FirstWeights
         from edgesam_deploy.distill.labelled import Labelled
         from edgesam_deploy.distill.options import FinetuneOptions
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
-    own = ("learn", "image_size", "fit", "box", "small", "paste", "flat", "shapes", "windows", "axes")
+    own = ("learn", "image_size", "fit", "box", "small", "paste", "flat", "shapes", "windows", "half_clicks", "axes")
     options = FinetuneOptions(**{name: given[name] for name in (*NAMES, *own)})
     if threads is not None:
         torch.set_num_threads(threads)
@@ -89,7 +97,7 @@ def command(
             images=Labelled([_open(text) for text in datasets]),
             options=options,
             records=records(output, given),
-            init=given["init"],
+            first=FirstWeights(given["init"], given["backbone"]),
         )
         result = finetune(job, world, stack.enter_context(watching("finetune", world.first, _describe)))
     if world.first:

@@ -30,6 +30,7 @@ def training_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in reversed((
         click.option("-o", "--output", type=folder, required=True, help="Folder of the run."),
         click.option("--init", type=folder, help="First weights. Default: random."),
+        click.option("--backbone", type=folder, help="First weights of the timm backbone alone, a file of timm's."),
         click.option("--epochs", type=above_zero, default=10.0, show_default=True),
         click.option("--batch", type=positive, default=8, show_default=True, help="Images per process and micro-step."),
         click.option("--accumulate", type=positive, default=1, show_default=True, help="Micro-steps per update."),

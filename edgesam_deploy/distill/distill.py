@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from edgesam_deploy.distill.agreement import Agreement, Judge
 from edgesam_deploy.distill.cache import TeacherCache
 from edgesam_deploy.distill.corpus import Corpus
 from edgesam_deploy.distill.distributed import World
+from edgesam_deploy.distill.first_weights import FirstWeights
 from edgesam_deploy.distill.objectives import TeacherObjective
 from edgesam_deploy.distill.options import DistillOptions
 from edgesam_deploy.distill.records import Listener, Outcome, Records, carry_out, done_before
@@ -27,9 +28,7 @@ from edgesam_deploy.distill.samples import Frame, Pairs, split, updates
 from edgesam_deploy.distill.teacher import Teacher, check_pair
 from edgesam_deploy.distill.training import Batch, Prepare, Run, Work
 from edgesam_deploy.errors import InputError
-from edgesam_deploy.files import clean_unfinished, sha256_file
-from edgesam_deploy.models import build_model
-from edgesam_deploy.models.checkpoint import load_model
+from edgesam_deploy.files import clean_unfinished
 from edgesam_deploy.recipe import Recipe
 
 # What a validation is called in a run's record.
@@ -40,7 +39,7 @@ KIND = "agreement"
 class Job:
     """What is distilled into what. model: the teacher's network, of ``recipe``, whose decoder the student gets.
 
-    cache: folder of the teacher's embeddings, None to compute them on the fly. init: the student's first weights.
+    cache: folder of the teacher's embeddings, None to compute them on the fly. first: the student's first weights.
     """
 
     student: Recipe
@@ -53,7 +52,7 @@ class Job:
     cache: Path | None = None
     shard_size: int = 64
     teacher_batch: int = 4
-    init: Path | None = None
+    first: FirstWeights = field(default_factory=FirstWeights)
 
     def __post_init__(self) -> None:
         check_pair(self.student, self.teacher)
@@ -148,7 +147,7 @@ def _fill(job: Job, folder: Path, world: World, listener: Listener) -> TeacherCa
 
 def _student(job: Job) -> nn.Module:
     """The student with first weights of its own encoder, and the teacher's prompt encoder and mask decoder."""
-    model = load_model(job.student, job.init) if job.init is not None else build_model(job.student)
+    model = job.first.build(job.student)
     for part in ("prompt_encoder", "mask_decoder"):
         try:
             getattr(model, part).load_state_dict(getattr(job.model, part).state_dict())
@@ -169,7 +168,7 @@ def _identity(job: Job, world: World, total: int) -> str:
         "teacher_sha256": job.teacher.digest,
         "images": len(job.corpus),
         "images_sha256": job.corpus.digest(),
-        "init_sha256": sha256_file(job.init) if job.init is not None else None,
+        **job.first.hashes(),
         "cached": job.cache is not None,
         "options": job.options.as_dict(),
         "updates": total,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from edgesam_deploy.contract import MASK_UPSCALE
 from edgesam_deploy.distill.agreement import View, draw_views
 from edgesam_deploy.distill.distributed import World
+from edgesam_deploy.distill.first_weights import FirstWeights
 from edgesam_deploy.distill.labelled import Labelled, Source
 from edgesam_deploy.distill.options import FinetuneOptions
 from edgesam_deploy.distill.records import Listener, Outcome, Records, carry_out, done_before
@@ -31,10 +32,7 @@ from edgesam_deploy.distill.truth_objective import TruthObjective
 from edgesam_deploy.distill.views import Sample, Settings, draw, draw_shapes
 from edgesam_deploy.distill.windows import draw_windows
 from edgesam_deploy.errors import InputError
-from edgesam_deploy.files import sha256_file
 from edgesam_deploy.masks import MASK_THRESHOLD
-from edgesam_deploy.models import build_model
-from edgesam_deploy.models.checkpoint import load_model
 from edgesam_deploy.recipe import Recipe
 
 # N, tokens of a prompt, and how often a micro-step uses it. 2: boxes and single clicks; more: clicks, or both.
@@ -56,13 +54,13 @@ class TruthScore:
 
 @dataclass(frozen=True, slots=True)
 class FinetuneJob:
-    """recipe: of the network. init: its first weights, None for random ones."""
+    """recipe: of the network."""
 
     recipe: Recipe
     images: Labelled
     options: FinetuneOptions
     records: Records
-    init: Path | None = None
+    first: FirstWeights = field(default_factory=FirstWeights)
 
     @property
     def size(self) -> int:
@@ -70,8 +68,9 @@ class FinetuneJob:
 
     def __post_init__(self) -> None:
         stride = self.recipe.geometry.image_size // self.recipe.geometry.embedding_size
-        if self.size % (2 * stride):
-            raise InputError(f"image_size must be a multiple of {2 * stride}, got {self.size}")
+        step = 4 * stride if self.options.half_clicks else 2 * stride
+        if self.size % step:
+            raise InputError(f"image_size must be a multiple of {step}, got {self.size}")
 
     def settings(self) -> Settings:
         geometry, o = self.recipe.geometry, self.options
@@ -108,11 +107,10 @@ def finetune(job: FinetuneJob, world: World, listener: Listener) -> FinetuneResu
     if done is not None:
         listener.say(f"{job.records.output} holds this run, finished")
         return _result(done, len(images))
-    model = load_model(job.recipe, job.init) if job.init is not None else build_model(job.recipe)
+    model = job.first.build(job.recipe)
     objective = TruthObjective(model, job.recipe, job.options)
     if job.options.axes:
         encode_axes(cast(Sam, model), job.options.axes)
-    _resize(cast(Sam, model), job.size, job.settings().mask_size // MASK_UPSCALE)
     _check_size(objective, job)
     job.records.make_folder(world)
     # Of a prompt's parts only those that are asked for get a gradient.
@@ -143,21 +141,27 @@ class Views(Dataset[tuple[Tensor, ...]]):
         # Where the decoder does not learn, nothing would.
         shapes = bool(together.random() < self.options.shapes) and self.options.learn != "encoder"
         tokens = int(together.choice(list(TOKENS), p=list(TOKENS.values())))
+        half = bool(together.random() < self.options.half_clicks) and not shapes
+        settings = half_the_size(self.settings) if half else self.settings
         rng = np.random.default_rng((self.options.seed, epoch, index))
         source = self.labelled.load(index)
 
         def another() -> Source:
             return self.labelled.load(int(rng.choice(self.images)))
 
-        sample = (
-            draw_shapes(rng, source, self.settings) if shapes else draw(rng, source, another, self.settings, tokens)
-        )
-        cells = self.settings.mask_size // MASK_UPSCALE
-        if rng.random() < self.options.windows:
+        sample = draw_shapes(rng, source, settings) if shapes else draw(rng, source, another, settings, tokens)
+        cells = settings.mask_size // MASK_UPSCALE
+        if rng.random() < self.options.windows and not half:
             windows = draw_windows(rng, sample, cells)
         else:
             windows = np.tile(np.array([cells, 0, 0], np.int64), (len(sample.targets), 1))
         return *tensors(sample), torch.from_numpy(windows), torch.tensor(shapes)
+
+
+def half_the_size(settings: Settings) -> Settings:
+    """Clicks alone, on large and small masks equally often. How far a click's mask reaches is learnt from all of the
+    embedding, which at half the size costs a quarter."""
+    return replace(settings, size=settings.size // 2, mask_size=settings.mask_size // 2, box=0.0, small=0.0)
 
 
 def tensors(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -249,12 +253,6 @@ def encode_axes(sam: Sam, highest: float) -> None:
     matrix[0, :count], matrix[1, count : 2 * count] = frequencies, frequencies
 
 
-def _resize(sam: Sam, size: int, embedding_size: int) -> None:
-    """The weights do not depend on the size; only these do."""
-    sam.prompt_encoder.input_image_size = (size, size)
-    sam.prompt_encoder.image_embedding_size = (embedding_size, embedding_size)
-
-
 @torch.no_grad()
 def _check_size(objective: TruthObjective, job: FinetuneJob) -> None:
     """Raises InputError for an encoder whose positions are learnt for another size."""
@@ -274,7 +272,7 @@ def _identity(job: FinetuneJob, world: World, total: int) -> str:
         "student_recipe_sha256": job.recipe.digest,
         "images": len(job.images),
         "images_sha256": job.images.digest(),
-        "init_sha256": sha256_file(job.init) if job.init is not None else None,
+        **job.first.hashes(),
         "options": job.options.as_dict(),
         "updates": total,
         "processes": world.size,

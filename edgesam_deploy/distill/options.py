@@ -100,7 +100,8 @@ class FinetuneOptions(TrainOptions):
 
     flat, paste, fit, box, small: see ``views.Settings``. shapes: share of micro-steps in which the decoder alone learns
     boxes from ellipses. windows: share of views whose boxes are decoded in a part of the embedding (``windows``).
-    axes: highest frequency of points' positions, 0 to leave them encoded as they are (``encode_axes``).
+    half_clicks: share of micro-steps with clicks alone, on views of half the size, which cost a quarter. axes: highest
+    frequency of points' positions, 0 to leave them encoded as they are (``encode_axes``).
     """
 
     learn: str = "all"
@@ -112,10 +113,11 @@ class FinetuneOptions(TrainOptions):
     small: float = 0.0
     shapes: float = 0.2
     windows: float = 0.0
+    half_clicks: float = 0.0
     axes: float = 0.0
 
     def __post_init__(self) -> None:
         TrainOptions.__post_init__(self)
         self.require_known("learn", LEARNERS)
-        self.require_shares("flat", "paste", "fit", "box", "small", "shapes", "windows")
+        self.require_shares("flat", "paste", "fit", "box", "small", "shapes", "windows", "half_clicks")
         self.require_finite("image_size", "axes")

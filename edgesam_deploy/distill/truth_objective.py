@@ -60,6 +60,7 @@ class TruthObjective(nn.Module):
             # Shapes have nothing to do with the image: the encoder must not learn from them.
             with torch.set_grad_enabled(not bool(shapes.any()) and torch.is_grad_enabled()):
                 embeddings = self.encoder(images)
+            resize(self.sam, images, embeddings)
             parts = []
             for side in sorted(set(windows[:, 0].tolist())):
                 rows = (windows[:, 0] == side).nonzero()[:, 0]
@@ -72,12 +73,21 @@ class TruthObjective(nn.Module):
     def answer(self, images: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """coords (B*P,N,2), labels (B*P,N) -> low_res_masks (B*P,M,m,m) float32, iou_predictions (B*P,M) float32."""
         with self._autocast(images):
-            masks, scores = decode(self.sam, self.encoder(images), embed_prompts(self.sam, coords, labels))
+            embeddings = self.encoder(images)
+            resize(self.sam, images, embeddings)
+            masks, scores = decode(self.sam, embeddings, embed_prompts(self.sam, coords, labels))
         return masks.float(), scores.float()
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.amp)
         return torch.autocast(images.device.type, kind, enabled=kind is not None)
+
+
+def resize(sam: Sam, images: Tensor, embeddings: Tensor) -> None:
+    """Take prompts of (B,3,S,S) images, whose embeddings are (B,C,E,E). The weights do not depend on the size; only
+    these do."""
+    sam.prompt_encoder.input_image_size = (images.shape[-2], images.shape[-1])
+    sam.prompt_encoder.image_embedding_size = (embeddings.shape[-2], embeddings.shape[-1])
 
 
 def embed_prompts(sam: Sam, coords: Tensor, labels: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ from click.testing import CliRunner, Result
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
 
+import timm
 from PIL import Image
 
 from edgesam_deploy.cli import main
 from edgesam_deploy.distill.agreement import BOXES, CLICKS
 from edgesam_deploy.distill.corpus import Corpus
 from edgesam_deploy.distill.objectives import embedding_loss
+from edgesam_deploy.files import sha256_file
 from edgesam_deploy.masks import mask_iou
 from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import load_model
@@ -200,12 +202,35 @@ def test_losses_by_hand() -> None:
     assert embedding_loss("cosine", a, b).item() == pytest.approx(1 - cosine)
 
 
+def test_a_student_begins_with_a_backbone_that_knows_images(
+    words: list[str], tmp_path: Path, student_recipe: Path
+) -> None:
+    whole = timm.create_model(str(load_recipe(student_recipe).options["backbone"]), pretrained=False)
+    file = tmp_path / "model.pt"
+    torch.save(whole.state_dict(), file)
+    still = ("--epochs", 0.2, "--lr", 1e-12, "--ema", 0, "--freeze-norm")
+    answer(*words, *still, "--backbone", file, "-o", tmp_path / "run")
+    found = weights(tmp_path / "run" / "student.pt")
+    prefix = "image_encoder.backbone."
+    mine = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    assert len(mine) > 100
+    for name, tensor in whole.state_dict().items():
+        if name in mine:
+            torch.testing.assert_close(mine[name], tensor, rtol=0, atol=1e-9)
+    assert set(mine) <= set(whole.state_dict())
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["backbone_sha256"] == sha256_file(file)
+    assert record["init_sha256"] is None
+
+
 WRONG: dict[str, tuple[list[object], int, str]] = {
     "views": (["--views", 0.5], 2, "random views need the teacher beside: --on-the-fly, or --views 0"),
     "both": (["--on-the-fly", "--cache", "x"], 2, "--on-the-fly keeps no cache"),
     "teacher": (["--teacher", "nothing"], 2, "nothing"),
     "images": (["--images", "/nowhere"], 2, "/nowhere does not exist; expected a folder of images or a .tar file"),
     "init": (["--init", "/nowhere.pt"], 1, "/nowhere.pt"),
+    "backbone": (["--backbone", "/nowhere.pt"], 1, "/nowhere.pt"),
+    "init and backbone": (["--init", "a.pt", "--backbone", "b.pt"], 2, "give --init or --backbone"),
     "lr": (["--lr", 1e9, "--ema", 0], 1, "start again with a lower --lr"),
 }
 

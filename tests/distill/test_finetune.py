@@ -341,6 +341,35 @@ def test_it_learns_in_windows(words: list[str], tmp_path: Path, checkpoint: Path
         assert not all(torch.equal(v, before[k].to(v.dtype)) for k, v in after.items() if k.startswith(part))
 
 
+def test_clicks_alone_are_learnt_on_views_of_half_the_size(datasets: list[str]) -> None:
+    """Of the whole embedding, and as often as asked for; everything else is as large as ever."""
+    labelled, half = open_all(datasets), []
+    settings = Settings(512, 128, 4, (123, 116, 103), flat=0, paste=0, fit=1, box=1)
+    options = FinetuneOptions(shapes=0.25, windows=1, half_clicks=0.5, seed=5)
+    views = Views(labelled, np.arange(len(labelled)), options, settings)
+    for micro in range(40):
+        image, coords, labels, targets, windows, shapes = views[0, micro % len(labelled), micro]
+        small = image.shape[-1] == 256
+        half.append(small)
+        assert image.shape == ((3, 256, 256) if small else (3, 512, 512))
+        assert targets.shape[1:] == ((64, 64) if small else (128, 128))
+        assert not (small and shapes)
+        if small and coords.shape[1] == 2:
+            assert labels.tolist() == [[1, -1]] * 4
+            for (x, y), target in zip(coords[:, 0].tolist(), targets, strict=True):
+                assert target[int(y) // 4, int(x) // 4] > 0, "a click lies on its mask"
+        if small:
+            assert windows.tolist() == [[16, 0, 0]] * 4
+    assert 0.2 < np.mean(half) < 0.6
+
+
+def test_the_network_takes_views_of_half_the_size(words: list[str], tmp_path: Path, checkpoint: Path) -> None:
+    first = answer(*words, "--half-clicks", 1, "--image-size", 128, "--epochs", 1, "-o", tmp_path / "half")
+    whole = answer(*words, "--image-size", 128, "--epochs", 1, "-o", tmp_path / "whole")
+    assert first["held_out"]["images"] == whole["held_out"]["images"], "judged at the full size"
+    assert first["sha256"] != whole["sha256"]
+
+
 def test_a_variance_that_float16_cannot_hold_is_rescaled_without_changing_the_network() -> None:
     model = build_model(load_recipe("reference"))
     model.image_encoder.fuse[1].running_var.fill_(1e6)
@@ -371,6 +400,7 @@ WRONG: dict[str, tuple[list[object], int, str]] = {
     "dataset": (["--dataset", "coco:/nowhere.json"], 2, "/nowhere.json, which does not exist"),
     "layout": (["--dataset", "voc:/tmp"], 2, "LAYOUT:PATH with a layout of coco"),
     "size": (["--image-size", 40], 2, "image_size must be a multiple of 32, got 40"),
+    "half-size": (["--half-clicks", 0.5, "--image-size", 96], 2, "image_size must be a multiple of 64, got 96"),
     "init": (["--init", "/nowhere.pt"], 1, "/nowhere.pt"),
     "lr": (["--lr", 1e12, "--ema", 0, "--warmup", 0], 1, "start again with a lower --lr"),
 }
