@@ -25,6 +25,8 @@ from edgesam_deploy.masks import tight_box
 
 # Views of one image without a region large enough to learn, before another image is taken; and in all.
 SAME_IMAGE, ATTEMPTS = 4, 400
+# Masks below this many low-resolution pixels are sharpened, by the one of these factors that keeps their area.
+SMALL, FACTORS = 100, 1.2 ** np.arange(18)
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 
@@ -55,7 +57,7 @@ class Settings:
 @dataclass(frozen=True, slots=True)
 class Sample:
     """image (S,S,3) uint8; point_coords (P,N,2) float32 in pixels of the view; point_labels (P,N) float32;
-    targets (P,mask_size,mask_size) float32, the covered share of each low-resolution pixel."""
+    targets (P,mask_size,mask_size) float32, the covered share of each low-resolution pixel, small masks sharpened."""
 
     image: UInt8
     point_coords: Float32
@@ -78,18 +80,18 @@ def draw(
         if rng.random() < settings.flat:
             image = _paint(rng, image, labels)
         found, areas = np.unique(labels, return_counts=True)
-        keep = (found > 0) & (areas >= 3 * (settings.size // settings.mask_size) ** 2)
+        keep = (found > 0) & (areas >= (settings.size // settings.mask_size) ** 2)
         if keep.any():
             break
     else:
         raise InputError(
-            f"{ATTEMPTS} views of the images show no region of 3 pixels of the low-resolution mask: give images with "
+            f"{ATTEMPTS} views of the images show no region of a pixel of the low-resolution mask: give images with "
             "larger masks, or a larger --image-size"
         )
     chosen = _choose(rng, found[keep], areas[keep], settings).tolist()
     masks = {k: labels == k for k in set(chosen)}
     prompts = [_prompt(rng, masks[k], settings, points) for k in chosen]
-    targets = {k: _coverage(m, settings.mask_size) for k, m in masks.items()}
+    targets = {k: coverage(m, settings.mask_size) for k, m in masks.items()}
     return Sample(
         _change_colours(rng, image),
         np.stack([p[0] for p in prompts]),
@@ -119,15 +121,12 @@ def draw_shapes(rng: np.random.Generator, source: Source, settings: Settings) ->
     sides = 1.5 * step * (0.95 * size / (1.5 * step)) ** share
     sides = np.clip(sides * np.exp(rng.normal(0, 0.4, (settings.prompts, 2))), step, size)
     low = rng.uniform(0, 1, (settings.prompts, 2)) * (size - sides)
-    centres = np.arange(settings.mask_size) * step + step / 2
-    # (P,2,mask_size): distance from the middle along x and y, in half sides
-    distance = np.abs(2 * (centres - low[..., None]) / sides[..., None] - 1)
-    targets = distance[:, 1, :, None] ** 2 + distance[:, 0, None, :] ** 2 <= 1
-    keep = np.flatnonzero(targets.any(axis=(1, 2)))
-    keep = np.resize(keep, settings.prompts)
-    corners = np.stack([low, low + sides], axis=1)[keep].astype(np.float32)
+    # (P,2,S): squared distance from the middle along x and y, in half sides
+    distance = (2 * (np.arange(size) + 0.5 - low[..., None]) / sides[..., None] - 1).astype(np.float32) ** 2
+    targets = [coverage(y[:, None] + x <= 1, settings.mask_size) for x, y in distance]
+    corners = np.stack([low, low + sides], axis=1).astype(np.float32)
     labels = np.tile(np.array([LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT], np.float32), (settings.prompts, 1))
-    return Sample(_change_colours(rng, image), corners, labels, targets[keep].astype(np.float32))
+    return Sample(_change_colours(rng, image), corners, labels, np.stack(targets))
 
 
 def _view(rng: np.random.Generator, source: Source, settings: Settings) -> tuple[UInt8, UInt8]:
@@ -203,11 +202,27 @@ def _change_colours(rng: np.random.Generator, image: UInt8) -> UInt8:
     return _to_uint8(shifted).reshape(image.shape)
 
 
-def _coverage(mask: NDArray[np.bool_], size: int) -> Float32:
-    """Share of each low-resolution pixel that the mask covers, (size,size) float32."""
+def coverage(mask: NDArray[np.bool_], size: int) -> Float32:
+    """Share of each low-resolution pixel that the mask (S,S) covers, (size,size) float32.
+
+    A caller enlarges low-resolution masks and takes what is above a half. Of a mask of a few such pixels that leaves
+    less than there was, of a smaller one nothing, so the shares of these are multiplied by what keeps the area.
+    """
     step = mask.shape[0] // size
-    coverage: Float32 = mask.reshape(size, step, size, step).mean(axis=(1, 3), dtype=np.float32)
-    return coverage
+    covered: Float32 = mask.reshape(size, step, size, step).mean(axis=(1, 3), dtype=np.float32)
+    area = float(covered.sum()) * step**2
+    if not 0 < area < SMALL * step**2 or step == 1:
+        return covered
+    rows, columns = (np.flatnonzero(covered.any(axis=axis)) for axis in (1, 0))
+    part = np.s_[max(rows[0] - 2, 0) : rows[-1] + 3, max(columns[0] - 2, 0) : columns[-1] + 3]
+    near = covered[part]
+    tried = [np.minimum(near * np.float32(factor), 1) for factor in FACTORS]
+    wide = (near.shape[1] * step, near.shape[0] * step)
+    areas = [
+        np.count_nonzero(np.asarray(Image.fromarray(t).resize(wide, Image.Resampling.BILINEAR)) > 0.5) for t in tried
+    ]
+    covered[part] = tried[int(np.argmin(np.abs(np.array(areas) - area)))]
+    return covered
 
 
 def _prompt(
