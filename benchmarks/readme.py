@@ -162,7 +162,7 @@ def quality() -> list[str]:
     """Ground-truth figures of the reference model beside the one before and two trivial answers to a box."""
     sources = {
         "shipped reference": read("reference-quality"),
-        "the one before it, HGNetV2-B0 without ImageNet": read("earlier-quality"),
+        "an earlier one, HGNetV2-B0 without ImageNet": read("earlier-quality"),
     }
     header = ["mIoU against ground truth", "COCO val, true box", "small", "medium", "large", "BSDS test, one click"]
     rows = []

@@ -75,9 +75,9 @@ STAGES = (
         "--epochs 3.3 --ema 0.99",
     ),
     Stage(
-        "regions", "the same, more small boxes and ellipses, bsds500 twice, most clicks on views of half the size",
-        "--shapes 0.2 --windows 0.95 --small 0.5 --box 0.85 --half-clicks 0.45 --prompts 40 --lr 2e-4 --warmup 20 "
-        "--final 0.03 --epochs 2.7 --ema 0.99", datasets=(*LABELLED[:5], *LABELLED[3:]),
+        "regions", "the same, bsds500 twice, more small boxes and ellipses",
+        "--shapes 0.2 --windows 0.95 --small 0.5 --box 0.75 --prompts 36 --lr 1.7e-4 --warmup 10 --final 0.03 "
+        "--epochs 2.2 --ema 0.99", datasets=(*LABELLED[:5], *LABELLED[3:]),
     ),
 )  # fmt: skip
 SHARED = "--freeze-norm --threads 1"
