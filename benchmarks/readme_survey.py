@@ -124,6 +124,8 @@ def _how(result: Row) -> str:
     timed = [entry["speed"] for entry in entries if entry.get("speed")]
     for name, threads, runs in dict.fromkeys((how["machine"], how["threads"], how["runs"]) for how in timed):
         sentences.append(f"Medians of {runs} alternating runs, {threads} threads, on {name}.")
+    if len(entries) > 1:
+        sentences.append("Models were timed at different times: latencies compare within a model.")
     return " ".join([*sentences, "Source: `benchmarks/results/survey/survey.json`, `survey.py`."])
 
 

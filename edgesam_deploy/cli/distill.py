@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # In the run's folder: the images that --skip-damaged leaves out, and why.
 DAMAGED = "damaged.json"
+# Of DistillOptions, what TrainOptions has not.
+OWN = ("loss", "colours", "views", "rounds", "embedding_weight", "decoder_learns")
 
 
 @click.command("distill")
@@ -86,19 +88,17 @@ def command(
         from edgesam_deploy.distill.teacher import check_pair
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
-    own = ("loss", "colours", "views", "rounds", "embedding_weight", "decoder_learns")
-    options = DistillOptions(**{name: given[name] for name in (*NAMES, *own)})
+    options = DistillOptions(**{name: given[name] for name in (*NAMES, *OWN)})
     if threads is not None:
         torch.set_num_threads(threads)
     with ExitStack() as stack:
         world = stack.enter_context(join(given["device"]))
         who, model, recipe = stack.enter_context(_teacher(teacher, weights, world.device, threads))
-        recipe_of_student, corpus = load_recipe(student), Corpus(images)
-        check_pair(recipe_of_student, who)
-        if given["skip_damaged"]:
-            corpus = _readable(corpus, output, threads, world)
+        learner, corpus = load_recipe(student), Corpus(images)
+        check_pair(learner, who)  # before every image is read
+        corpus = _readable(corpus, output, threads, world) if given["skip_damaged"] else corpus
         job = Job(
-            student=recipe_of_student,
+            student=learner,
             teacher=who,
             model=model,
             recipe=recipe,

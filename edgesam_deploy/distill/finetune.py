@@ -257,13 +257,15 @@ def encode_axes(sam: Sam, highest: float) -> None:
 def _check_size(objective: TruthObjective, job: FinetuneJob) -> None:
     """Raises InputError for an encoder whose positions are learnt for another size."""
     objective.eval()
-    try:
-        objective.encoder(torch.zeros(1, 3, job.size, job.size, dtype=torch.uint8))
-    except RuntimeError as error:
-        raise InputError(
-            f"the encoder of '{job.recipe.name}' takes no images of {job.size} pixels, only of its own "
-            f"{job.recipe.geometry.image_size}: leave out --image-size ({' '.join(str(error).split())[:120]})"
-        ) from error
+    asked = {"--half-clicks": job.size // 2} if job.options.half_clicks else {}
+    for option, size in {**asked, "--image-size": job.size}.items():
+        try:
+            objective.encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        except RuntimeError as error:
+            raise InputError(
+                f"the encoder of '{job.recipe.name}' takes no images of {size} pixels, only of its own "
+                f"{job.recipe.geometry.image_size}: leave out {option} ({' '.join(str(error).split())[:120]})"
+            ) from error
 
 
 def _identity(job: FinetuneJob, world: World, total: int) -> str:

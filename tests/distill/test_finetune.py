@@ -458,10 +458,13 @@ def test_a_validation_leaves_nothing_in_the_network(datasets: list[str], tmp_pat
     assert answer(*words, "-o", tmp_path / "run")["total"] == 2
 
 
-def test_an_encoder_of_one_size_is_named(datasets: list[str], tmp_path: Path) -> None:
-    result = run("sam_vit_b", "--dataset", datasets[0], "--image-size", 64, "-o", tmp_path, *SHORT)
+@pytest.mark.parametrize(("option", "value", "size"), [("--image-size", 64, 64), ("--half-clicks", 0.5, 512)])
+def test_an_encoder_of_one_size_is_named(
+    datasets: list[str], tmp_path: Path, option: str, value: float, size: int
+) -> None:
+    result = run("sam_vit_b", "--dataset", datasets[0], option, value, "-o", tmp_path, *SHORT)
     assert result.exit_code == 2, result.output
-    assert "takes no images of 64 pixels, only of its own 1024: leave out --image-size" in result.stderr
+    assert f"takes no images of {size} pixels, only of its own 1024: leave out {option}" in result.stderr
     assert not (tmp_path / "run.json").exists()
 
 
