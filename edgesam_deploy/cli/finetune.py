@@ -31,11 +31,18 @@ if TYPE_CHECKING:
 @click.option("--fit", type=share, default=0.5, show_default=True, help="Share of views of the whole image.")
 @click.option("--box", type=share, default=0.65, show_default=True, help="Share of boxes, the others are clicks.")
 @click.option(
+    "--exact",
+    type=share,
+    default=0.5,
+    show_default=True,
+    help="Share of boxes that fit their masks exactly; the others are a little off, as a detector's are.",
+)
+@click.option(
     "--small",
     type=share,
     default=0.0,
     show_default=True,
-    help="Masks are asked for less often by this power of their area. 0: small and large ones equally often.",
+    help="Boxes ask for a mask less often by this power of its area. 0: small and large ones equally often.",
 )
 @click.option("--paste", type=share, default=0.2, show_default=True, help="Share with objects of another image.")
 @click.option("--flat", type=share, default=0.2, show_default=True, help="Share with every region in one colour.")
@@ -86,8 +93,9 @@ def command(
         from edgesam_deploy.distill.options import FinetuneOptions
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
-    own = ("learn", "image_size", "fit", "box", "small", "paste", "flat", "shapes", "windows", "half_clicks", "axes")
-    options = FinetuneOptions(**{name: given[name] for name in (*NAMES, *own)})
+    what = ("learn", "image_size", "fit", "box", "exact", "small")
+    how = ("paste", "flat", "shapes", "windows", "half_clicks", "axes")
+    options = FinetuneOptions(**{name: given[name] for name in (*NAMES, *what, *how)})
     if threads is not None:
         torch.set_num_threads(threads)
     with ExitStack() as stack:

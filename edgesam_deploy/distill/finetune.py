@@ -28,7 +28,7 @@ from edgesam_deploy.distill.options import FinetuneOptions
 from edgesam_deploy.distill.records import Listener, Outcome, Records, carry_out, done_before
 from edgesam_deploy.distill.samples import Key, updates
 from edgesam_deploy.distill.training import Batch, Prepare, Run, Work
-from edgesam_deploy.distill.truth_objective import TruthObjective
+from edgesam_deploy.distill.truth_objective import TruthObjective, enlarge
 from edgesam_deploy.distill.views import Sample, Settings, draw, draw_shapes
 from edgesam_deploy.distill.windows import draw_windows
 from edgesam_deploy.errors import InputError
@@ -45,7 +45,7 @@ VALIDATED, DRAWN = 12, 4
 
 @dataclass(frozen=True, slots=True)
 class TruthScore:
-    """Mean IoU of low-resolution masks of held-out images seen whole: boxes, and single clicks (best of three)."""
+    """Mean IoU, at the size of the view, of held-out images seen whole: boxes, and single clicks (best of three)."""
 
     images: int
     click_iou: float
@@ -76,7 +76,7 @@ class FinetuneJob:
         geometry, o = self.recipe.geometry, self.options
         mask_size = MASK_UPSCALE * self.size * geometry.embedding_size // geometry.image_size
         padding = self.recipe.pixels.padding
-        return Settings(self.size, mask_size, o.prompts, padding, o.flat, o.paste, o.fit, o.box, o.small)
+        return Settings(self.size, mask_size, o.prompts, padding, o.flat, o.paste, o.fit, o.box, o.small, o.exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +164,11 @@ def half_the_size(settings: Settings) -> Settings:
     return replace(settings, size=settings.size // 2, mask_size=settings.mask_size // 2, box=0.0, small=0.0)
 
 
-def tensors(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     image = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
-    coords, labels, targets = map(torch.from_numpy, (sample.point_coords, sample.point_labels, sample.targets))
-    return image, coords, labels, targets
+    given = (sample.point_coords, sample.point_labels, sample.masks, sample.targets)
+    coords, labels, masks, targets = map(torch.from_numpy, given)
+    return image, coords, labels, masks, targets
 
 
 class TruthJudge:
@@ -189,7 +190,8 @@ class TruthJudge:
             )
 
     def _draw(self, number: int, source: Source, box: float) -> Sample:
-        plain = replace(self._job.settings(), flat=0.0, paste=0.0, fit=1.0, box=box, prompts=VALIDATED, small=0.0)
+        settings = self._job.settings()  # what is asked for is the same, whatever a run learns from
+        plain = replace(settings, flat=0.0, paste=0.0, fit=1.0, box=box, prompts=VALIDATED, small=0.0, exact=0.5)
         return draw(np.random.default_rng((7, number)), source, lambda: source, plain, 2)
 
     @torch.no_grad()  # inference mode would leave encoders' caches as tensors that no update may touch
@@ -200,11 +202,11 @@ class TruthJudge:
         for row in self._samples:
             ious, theirs, mine = [], [], []
             for sample in row:
-                image, coords, labels, targets = (t[None].to(self._device) for t in tensors(sample))
-                masks, scores = objective.answer(image, coords[0], labels[0])
-                single, chosen = answers(masks, scores, labels[0], targets[0])
+                image, coords, labels, truth, _ = (t[None].to(self._device) for t in tensors(sample))
+                low, scores = objective.answer(image, coords[0], labels[0])
+                single, chosen = answers(enlarge(low, image.shape[-1]), scores, labels[0], truth[0])
                 ious.append(chosen.mean().item())
-                theirs += list((targets[0, :2] > 0.5).cpu().numpy())
+                theirs += list(truth[0, :2].cpu().numpy())
                 mine += list((single[:2] > MASK_THRESHOLD).cpu().numpy())
             means.append(ious)
             if len(drawn) < DRAWN:
@@ -214,12 +216,11 @@ class TruthJudge:
         return TruthScore(len(means), click, box)
 
 
-def answers(masks: Tensor, scores: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask that a caller would take, (P,m,m) logits: token 0 for a box, the best predicted of the others for a
-    click; and (P,) IoU with the truth, for a click of the best of three."""
-    truth = (targets > 0.5)[:, None]
-    predicted = masks > MASK_THRESHOLD
-    iou = (predicted & truth).sum((2, 3)) / (predicted | truth).sum((2, 3)).clamp_min(1)
+def answers(masks: Tensor, scores: Tensor, labels: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """masks (P,4,S,S) logits, truth (P,S,S) bool -> the mask that a caller would take, (P,S,S) logits: token 0 for a
+    box, the best predicted of the others for a click; and (P,) IoU with the truth, for a click of the best of three."""
+    predicted, wanted = masks > MASK_THRESHOLD, truth[:, None]
+    iou = (predicted & wanted).sum((2, 3)) / (predicted | wanted).sum((2, 3)).clamp_min(1)
     rows = torch.arange(len(masks), device=masks.device)
     if bool((labels[:, 0] == 1).all()):  # clicks
         return masks[rows, 1 + scores[:, 1:].argmax(1)], iou[:, 1:].amax(1)

@@ -98,10 +98,10 @@ class DistillOptions(TrainOptions):
 class FinetuneOptions(TrainOptions):
     """learn: what of the network does. image_size: of the views, 0 for the recipe's; a curriculum begins small.
 
-    flat, paste, fit, box, small: see ``views.Settings``. shapes: share of micro-steps in which the decoder alone learns
-    boxes from ellipses. windows: share of views whose boxes are decoded in a part of the embedding (``windows``).
-    half_clicks: share of micro-steps with clicks alone, on views of half the size, which cost a quarter. axes: highest
-    frequency of points' positions, 0 to leave them encoded as they are (``encode_axes``).
+    flat, paste, fit, box, exact, small: see ``views.Settings``. shapes: share of micro-steps in which the decoder alone
+    learns boxes from ellipses. windows: share of views whose boxes are decoded in a part of the embedding
+    (``windows``). half_clicks: share of micro-steps with clicks alone, on views of half the size, which cost a quarter.
+    axes: highest frequency of points' positions, 0 to leave them encoded as they are (``encode_axes``).
     """
 
     learn: str = "all"
@@ -110,6 +110,7 @@ class FinetuneOptions(TrainOptions):
     paste: float = 0.2
     fit: float = 0.5
     box: float = 0.65
+    exact: float = 0.5
     small: float = 0.0
     shapes: float = 0.2
     windows: float = 0.0
@@ -119,5 +120,5 @@ class FinetuneOptions(TrainOptions):
     def __post_init__(self) -> None:
         TrainOptions.__post_init__(self)
         self.require_known("learn", LEARNERS)
-        self.require_shares("flat", "paste", "fit", "box", "small", "shapes", "windows", "half_clicks")
+        self.require_shares("flat", "paste", "fit", "box", "exact", "small", "shapes", "windows", "half_clicks")
         self.require_finite("image_size", "axes")

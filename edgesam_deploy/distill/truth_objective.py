@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from edgesam_deploy.contract import LABEL_FOREGROUND, LABEL_PADDING
 from edgesam_deploy.distill.options import FinetuneOptions
 from edgesam_deploy.distill.teacher import encoder_of
-from edgesam_deploy.distill.windows import cut_embeddings, cut_masks
+from edgesam_deploy.distill.windows import FINE, cut_embeddings, cut_masks
 from edgesam_deploy.errors import InputError
 from edgesam_deploy.recipe import Recipe
 
@@ -30,9 +30,9 @@ class Losses(NamedTuple):
 
 
 class TruthObjective(nn.Module):
-    """images (B,3,S,S) uint8, point_coords (B,P,N,2) in pixels of the view, point_labels (B,P,N), targets (B,P,m,m) in
-    0..1, windows (B,P,3) int64 as in ``windows.draw_windows`` and shapes (B,) bool, float32 where not said otherwise
-    -> (loss, mean IoU).
+    """images (B,3,S,S) uint8, point_coords (B,P,N,2) in pixels of the view, point_labels (B,P,N), masks (B,P,S,S) bool,
+    targets (B,P,m,m) in 0..1, windows (B,P,3) int64 as in ``windows.draw_windows`` and shapes (B,) bool, float32 where
+    not said otherwise -> (loss, mean IoU).
 
     Raises InputError for a network whose decoder is not SAM's own.
     """
@@ -52,10 +52,17 @@ class TruthObjective(nn.Module):
         self.options = options
 
     def forward(
-        self, images: Tensor, coords: Tensor, labels: Tensor, targets: Tensor, windows: Tensor, shapes: Tensor
+        self,
+        images: Tensor,
+        coords: Tensor,
+        labels: Tensor,
+        masks: Tensor,
+        targets: Tensor,
+        windows: Tensor,
+        shapes: Tensor,
     ) -> tuple[Tensor, Tensor]:
         image = torch.arange(len(images), device=images.device).repeat_interleave(coords.shape[1])
-        coords, labels, targets, windows = (t.flatten(0, 1) for t in (coords, labels, targets, windows))
+        coords, labels, masks, targets, windows = (t.flatten(0, 1) for t in (coords, labels, masks, targets, windows))
         with self._autocast(images):
             # Shapes have nothing to do with the image: the encoder must not learn from them.
             with torch.set_grad_enabled(not bool(shapes.any()) and torch.is_grad_enabled()):
@@ -65,8 +72,9 @@ class TruthObjective(nn.Module):
             for side in sorted(set(windows[:, 0].tolist())):
                 rows = (windows[:, 0] == side).nonzero()[:, 0]
                 sparse, around = embed_prompts(self.sam, coords[rows], labels[rows]), windows[rows]
-                answer = decode(self.sam, embeddings, sparse, image[rows], around)
-                parts.append((len(rows), losses(*answer, cut_masks(targets[rows], around), labels[rows])))
+                low, scores = decode(self.sam, embeddings, sparse, image[rows], around)
+                truth = cut_masks((masks if side <= FINE else targets)[rows], around, embeddings.shape[-1]).float()
+                parts.append((len(rows), losses(low, scores, truth, labels[rows])))
         total, iou = (sum(n * found[i] for n, found in parts) / len(image) for i in range(2))
         return cast(Tensor, total), cast(Tensor, iou)
 
@@ -151,14 +159,23 @@ def upscale(layers: nn.Sequential, source: Tensor, weights: Tensor) -> Tensor:
     return logits.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(batch, masks, 4 * side, 4 * side)
 
 
+def enlarge(masks: Tensor, size: int) -> Tensor:
+    """low_res_masks (n,M,m,m) -> (n,M,size,size), as a caller enlarges them."""
+    if masks.shape[-1] == size:
+        return masks
+    return F.interpolate(masks, (size, size), mode="bilinear", align_corners=False)
+
+
 def losses(masks: Tensor, scores: Tensor, targets: Tensor, labels: Tensor) -> Losses:
-    """masks (B,M,H,W) logits, scores (B,M), targets (B,H,W) in 0..1, point_labels (B,N)."""
-    masks, target = masks.float(), targets.unsqueeze(1)
+    """masks (B,M,m,m) logits, scores (B,M), targets (B,H,H) in 0..1, H = m or a multiple, then the masks are enlarged;
+    point_labels (B,N)."""
+    step = targets.shape[-1] // masks.shape[-1]
+    masks, target = enlarge(masks.float(), targets.shape[-1]), targets.unsqueeze(1)
     pixels = F.binary_cross_entropy_with_logits(masks, target.expand_as(masks), reduction="none")
     probability = masks.sigmoid()
     overlap = 2 * (probability * target).sum((2, 3))
-    dice = 1 - (overlap + 1) / (probability.sum((2, 3)) + target.sum((2, 3)) + 1)
-    mask_loss = 2 * (pixels * pixel_weights(targets).unsqueeze(1)).sum((2, 3)) + dice
+    dice = 1 - (overlap + step**2) / (probability.sum((2, 3)) + target.sum((2, 3)) + step**2)
+    mask_loss = 2 * (pixels * pixel_weights(targets, step).unsqueeze(1)).sum((2, 3)) + dice
     with torch.no_grad():
         predicted, truth = masks > 0, target > 0.5
         iou = (predicted & truth).sum((2, 3)) / (predicted | truth).sum((2, 3)).clamp_min(1)
@@ -170,8 +187,9 @@ def losses(masks: Tensor, scores: Tensor, targets: Tensor, labels: Tensor) -> Lo
     return Losses(chosen.mean() + F.mse_loss(scores.float(), iou), answer.mean())
 
 
-def pixel_weights(targets: Tensor) -> Tensor:
-    """Weights (B,H,W) of the cross-entropy, sum 1: 0.7 on the object's widened box, 0.3 on the rest of the view.
+def pixel_weights(targets: Tensor, step: int) -> Tensor:
+    """Weights (B,H,W) of the cross-entropy, sum 1: 0.7 on the object's widened box, 0.3 on the rest of the view. step:
+    pixels that it is wider on each side, beside a quarter of its own.
 
     Plain averaging would give a small object a thousandth of the loss.
     """
@@ -180,7 +198,7 @@ def pixel_weights(targets: Tensor) -> Tensor:
         line = (targets > 0).any(3 - axis).float()
         length = line.shape[1]
         low, high = line.argmax(1), length - 1 - line.flip(1).argmax(1)
-        margin, index = 1 + (high - low) // 4, torch.arange(length, device=targets.device)
+        margin, index = step + (high - low) // 4, torch.arange(length, device=targets.device)
         inside = (index >= (low - margin)[:, None]) & (index <= (high + margin)[:, None])
         near = near * inside.unsqueeze(3 - axis)
     far = 1 - near

@@ -39,8 +39,9 @@ class Settings:
     prompts: P, prompts per view. padding: RGB colour outside the image.
     flat: share of views with every region in one colour, which teaches what a prompt means.
     paste: share of views that get objects of another source. fit: share of views that show the whole image at the
-    top left, as the deployed model sees it. box: share of boxes among the two-token prompts. small: the power of a
-    region's area by which it is asked for less often; with 0 all are equally often, and ellipses of all sizes.
+    top left, as the deployed model sees it. box: share of boxes among the two-token prompts. exact: share of boxes
+    that fit, the others have their edges moved. small: the power of a region's area by which a box asks for it less
+    often; with 0 all are equally often, and ellipses of all sizes. Clicks always ask for all equally often.
     """
 
     size: int
@@ -52,16 +53,19 @@ class Settings:
     fit: float
     box: float
     small: float = 0.0
+    exact: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """image (S,S,3) uint8; point_coords (P,N,2) float32 in pixels of the view; point_labels (P,N) float32;
-    targets (P,mask_size,mask_size) float32, the covered share of each low-resolution pixel, small masks sharpened."""
+    """image (S,S,3) uint8; point_coords (P,N,2) float32 in pixels of the view; point_labels (P,N) float32; masks
+    (P,S,S) bool; targets (P,mask_size,mask_size) float32, the covered share of each low-resolution pixel, small masks
+    sharpened."""
 
     image: UInt8
     point_coords: Float32
     point_labels: Float32
+    masks: NDArray[np.bool_]
     targets: Float32
 
 
@@ -88,25 +92,28 @@ def draw(
             f"{ATTEMPTS} views of the images show no region of a pixel of the low-resolution mask: give images with "
             "larger masks, or a larger --image-size"
         )
-    chosen = _choose(rng, found[keep], areas[keep], settings).tolist()
+    boxes = int(rng.binomial(settings.prompts, settings.box if points == 2 else 0.5))
+    chosen = _choose(rng, found[keep], areas[keep], settings.small, boxes)
+    chosen += _choose(rng, found[keep], areas[keep], 0.0, settings.prompts - boxes)
     masks = {k: labels == k for k in set(chosen)}
-    prompts = [_prompt(rng, masks[k], settings, points) for k in chosen]
+    prompts = [_prompt(rng, masks[k], settings, points, number < boxes) for number, k in enumerate(chosen)]
     targets = {k: coverage(m, settings.mask_size) for k, m in masks.items()}
     return Sample(
         _change_colours(rng, image),
         np.stack([p[0] for p in prompts]),
         np.stack([p[1] for p in prompts]),
+        np.stack([masks[k] for k in chosen]),
         np.stack([targets[k] for k in chosen]),
     )
 
 
-def _choose(
-    rng: np.random.Generator, found: UInt8, areas: NDArray[np.int64], settings: Settings
-) -> NDArray[np.generic]:
-    if not settings.small:  # every region about equally often, however large
-        return np.resize(rng.permutation(found), settings.prompts)
-    weights = areas**-settings.small
-    return rng.choice(found, settings.prompts, p=weights / weights.sum())
+def _choose(rng: np.random.Generator, found: UInt8, areas: NDArray[np.int64], small: float, count: int) -> list[int]:
+    if not small:  # every region about equally often, however large
+        chosen: list[int] = np.resize(rng.permutation(found), count).tolist()
+        return chosen
+    weights = areas**-small
+    drawn: list[int] = rng.choice(found, count, p=weights / weights.sum()).tolist()
+    return drawn
 
 
 def draw_shapes(rng: np.random.Generator, source: Source, settings: Settings) -> Sample:
@@ -123,10 +130,11 @@ def draw_shapes(rng: np.random.Generator, source: Source, settings: Settings) ->
     low = rng.uniform(0, 1, (settings.prompts, 2)) * (size - sides)
     # (P,2,S): squared distance from the middle along x and y, in half sides
     distance = (2 * (np.arange(size) + 0.5 - low[..., None]) / sides[..., None] - 1).astype(np.float32) ** 2
-    targets = [coverage(y[:, None] + x <= 1, settings.mask_size) for x, y in distance]
+    masks = distance[:, 1, :, None] + distance[:, 0, None] <= 1
+    targets = np.stack([coverage(mask, settings.mask_size) for mask in masks])
     corners = np.stack([low, low + sides], axis=1).astype(np.float32)
     labels = np.tile(np.array([LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT], np.float32), (settings.prompts, 1))
-    return Sample(_change_colours(rng, image), corners, labels, np.stack(targets))
+    return Sample(_change_colours(rng, image), corners, labels, masks, targets)
 
 
 def _view(rng: np.random.Generator, source: Source, settings: Settings) -> tuple[UInt8, UInt8]:
@@ -226,12 +234,12 @@ def coverage(mask: NDArray[np.bool_], size: int) -> Float32:
 
 
 def _prompt(
-    rng: np.random.Generator, mask: NDArray[np.bool_], settings: Settings, points: int
+    rng: np.random.Generator, mask: NDArray[np.bool_], settings: Settings, points: int, boxed: bool
 ) -> tuple[Float32, Float32]:
     """point_coords (N,2) and point_labels (N,) float32 for one mask: a box, clicks, or a box and clicks."""
     box = tight_box(mask)
-    if rng.random() < (settings.box if points == 2 else 0.5):
-        corners = _jitter(rng, box, settings.size).reshape(2, 2)
+    if boxed:
+        corners = (box if rng.random() < settings.exact else _jitter(rng, box, settings.size)).reshape(2, 2)
         tail = [(xy, label) for xy, label in zip(corners, (LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT), strict=True)]
     else:  # SAM adds one padding token to clicks, none to a box
         tail = [(np.zeros(2, np.float32), LABEL_PADDING)]
@@ -241,9 +249,7 @@ def _prompt(
 
 
 def _jitter(rng: np.random.Generator, box: Float32, size: int) -> Float32:
-    """Half of the boxes exact, half with each edge moved by some 8 % of the side, at most 4 % of the view."""
-    if rng.random() < 0.5:
-        return box
+    """Each edge moved by some 8 % of the side, at most 4 % of the view."""
     noise = rng.normal(0, 0.08, 4) * np.tile(box[2:] - box[:2], 2)
     return np.clip(box + np.clip(noise, -0.04 * size, 0.04 * size), 0, size).astype(np.float32)
 

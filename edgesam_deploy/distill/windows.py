@@ -19,6 +19,9 @@ from edgesam_deploy.distill.views import Sample
 
 # Sides of windows in eighths of the embedding's, and the cells that one has at least.
 EIGHTHS, SMALLEST = (2, 3, 4, 6, 8), 8
+# In windows of this many cells at most a mask is learnt as a caller enlarges it: of a few low-resolution pixels, the
+# larger ones show its shape well enough.
+FINE = 8
 # How often the smallest window that fits is taken, and not the next: always would tell an object's size.
 TIGHT = 0.75
 
@@ -68,8 +71,13 @@ def cut_embeddings(embeddings: Tensor, image: Tensor, windows: Tensor) -> Tensor
     return F.embedding(index, table).permute(0, 3, 1, 2)
 
 
-def cut_masks(masks: Tensor, windows: Tensor) -> Tensor:
-    """masks (n,4E,4E) and windows (n,3) of one side w -> (n,4w,4w)."""
-    numbers = torch.arange(len(masks), device=masks.device)
-    scaled = windows * MASK_UPSCALE
-    return cut_embeddings(masks[:, None], numbers, scaled)[:, 0]
+def cut_masks(masks: Tensor, windows: Tensor, cells: int) -> Tensor:
+    """masks (n,H,H) of E cells a side and windows (n,3) of one side w -> (n,h,h), h = w * H / E."""
+    per_cell = masks.shape[-1] // cells
+    length = int(windows[0, 0]) * per_cell
+    if length == masks.shape[-1]:
+        return masks
+    step = torch.arange(length, device=masks.device)
+    numbers = torch.arange(len(masks), device=masks.device)[:, None, None]
+    rows, columns = (windows[:, axis, None] * per_cell + step for axis in (1, 2))
+    return masks[numbers, rows[:, :, None], columns[:, None]]

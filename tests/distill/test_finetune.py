@@ -25,7 +25,7 @@ from edgesam_deploy.distill.finetune import Views
 from edgesam_deploy.distill.half import half_precision
 from edgesam_deploy.distill.labelled import Labelled, label_map
 from edgesam_deploy.distill.options import FinetuneOptions
-from edgesam_deploy.distill.truth_objective import TruthObjective, decode, embed_prompts
+from edgesam_deploy.distill.truth_objective import TruthObjective, decode, embed_prompts, losses
 from edgesam_deploy.distill.views import Settings, coverage
 from edgesam_deploy.distill.windows import cut_masks
 from edgesam_deploy.errors import CheckpointError
@@ -225,12 +225,12 @@ def test_views_show_what_their_prompts_say(datasets: list[str]) -> None:
     views = Views(labelled, learnt, wanted, settings)
     seen = set()
     for micro in range(12):
-        image, coords, labels, targets, windows, shapes = views[0, int(learnt[micro % len(learnt)]), micro]
+        image, coords, labels, masks, targets, windows, shapes = views[0, int(learnt[micro % len(learnt)]), micro]
         assert image.shape == (3, 64, 64)
         assert not shapes
         assert windows.tolist() == [[16, 0, 0]] * 6, "the whole embedding"
-        for points, kinds, target in zip(coords.numpy(), labels.numpy(), targets.numpy(), strict=True):
-            mask = target > 0.5
+        assert torch.equal(masks.float(), targets), "the low-resolution mask is as large as the view"
+        for points, kinds, mask in zip(coords.numpy(), labels.numpy(), masks.numpy(), strict=True):
             assert mask.any()
             for (x, y), kind in zip(points, kinds, strict=True):
                 seen.add(int(kind))
@@ -260,13 +260,15 @@ def test_the_fast_decoder_answers_as_segment_anything_does(tiny_recipe: Path, ch
 
 
 def test_small_masks_are_asked_for_more_often(datasets: list[str]) -> None:
-    """Inversely to their area, with the power 1: the mean area asked for is then the harmonic mean of the areas."""
+    """By boxes, inversely to their area with the power 1: the mean area asked for is then the harmonic mean of the
+    areas. Clicks ask for all equally often."""
     labelled, areas = open_all(datasets), {}
-    for power in (0.0, 1.0):
-        settings = Settings(96, 96, 600, (123, 116, 103), flat=0, paste=0, fit=1, box=1, small=power)
+    for box, power in ((1, 0.0), (1, 1.0), (0, 1.0)):
+        settings = Settings(96, 96, 600, (123, 116, 103), flat=0, paste=0, fit=1, box=box, small=power)
         views = Views(labelled, np.arange(len(labelled)), FinetuneOptions(shapes=0, seed=3), settings)
-        areas[power] = [views[0, image, 0][3].sum((1, 2)).numpy() for image in range(3)]
-    for equally, inversely in zip(areas[0.0], areas[1.0], strict=True):
+        areas[box, power] = [views[0, image, 0][3].float().sum((1, 2)).numpy() for image in range(3)]
+    for equally, inversely, clicked in zip(areas[1, 0.0], areas[1, 1.0], areas[0, 1.0], strict=True):
+        assert clicked.mean() == pytest.approx(np.unique(equally).mean(), rel=0.02)
         assert len(set(equally.tolist())) > 1
         assert set(inversely.tolist()) <= set(equally.tolist()), "the same view"
         assert inversely.mean() == pytest.approx(1 / (1 / np.unique(equally)).mean(), rel=0.1)
@@ -294,6 +296,40 @@ def test_a_small_mask_keeps_its_area_when_a_caller_enlarges_it() -> None:
     assert np.min(kept, axis=0)[0] > 0.5
 
 
+def test_a_small_mask_is_learnt_as_a_caller_enlarges_it() -> None:
+    """From free logits of low resolution. Compared at the size of the view, masks of 4 to 8 pixels are found again;
+    compared at low resolution, their places between the low-resolution pixels are lost."""
+    rng, fine, coarse = np.random.default_rng(0), [], []
+    ys, xs = np.mgrid[:64, :64] + 0.5
+    for _ in range(8):
+        (high, wide), (y, x) = rng.uniform(4, 8, 2), rng.uniform(16, 48, 2)
+        mask = torch.from_numpy((2 * (ys - y) / high) ** 2 + (2 * (xs - x) / wide) ** 2 <= 1)
+        for target, found in ((mask.float(), fine), (torch.from_numpy(coverage(mask.numpy(), 16)), coarse)):
+            logits = torch.zeros(1, 4, 16, 16, requires_grad=True)
+            optimizer = torch.optim.Adam([logits], 0.3)
+            for _ in range(100):
+                optimizer.zero_grad()
+                losses(logits, torch.zeros(1, 4), target[None], torch.tensor([[2.0, 3.0]])).total.backward()
+                optimizer.step()
+            large = torch.nn.functional.interpolate(logits.detach(), scale_factor=4, mode="bilinear")[0, 0] > 0
+            found.append(float((large & mask).sum() / (large | mask).sum()))
+    assert np.mean(fine) > 0.9
+    assert np.mean(coarse) < np.mean(fine) - 0.1
+
+
+def test_as_many_boxes_fit_as_asked_for(datasets: list[str]) -> None:
+    labelled, fitting = open_all(datasets), {}
+    for exact in (0.0, 0.7, 1.0):
+        settings = Settings(256, 64, 200, (123, 116, 103), flat=0, paste=0, fit=1, box=1, exact=exact)
+        views = Views(labelled, np.arange(len(labelled)), FinetuneOptions(shapes=0, seed=3), settings)
+        _, coords, _, masks, *_ = views[0, 0, next(m for m in range(9) if views[0, 0, m][1].shape[1] == 2)]
+        same = [np.array_equal(c.ravel(), tight_box(m)) for c, m in zip(coords.numpy(), masks.numpy(), strict=True)]
+        fitting[exact] = np.mean(same)
+    assert fitting[0.0] < 0.02
+    assert fitting[0.7] == pytest.approx(0.7, abs=0.12)
+    assert fitting[1.0] == 1
+
+
 def test_windows_hold_what_is_asked_for(datasets: list[str]) -> None:
     """A prompt's points and its whole mask; of five sizes, which do not tell the object's. One click: all there is."""
     labelled = open_all(datasets)
@@ -307,7 +343,7 @@ def test_windows_hold_what_is_asked_for(datasets: list[str]) -> None:
 
     sides, loose, clicks = set(), 0, 0
     for micro in range(24):
-        _, coords, labels, targets, windows, _ = views[0, micro % len(labelled), micro]
+        _, coords, labels, _, targets, windows, _ = views[0, micro % len(labelled), micro]
         for points, kinds, target, (side, row, column) in zip(coords, labels, targets, windows.tolist(), strict=True):
             assert 0 <= row <= 32 - side
             assert 0 <= column <= 32 - side
@@ -341,7 +377,7 @@ def test_a_window_is_decoded_as_segment_anything_decodes_that_part(tiny_recipe: 
     masks, scores = decode(sam, embeddings, sparse, image, torch.tensor(places))
     assert masks.shape == (3, 4, 4 * part, 4 * part)
     target = torch.rand(3, 4 * side, 4 * side, generator=generator)
-    cut = cut_masks(target, torch.tensor(places))
+    cut = cut_masks(target, torch.tensor(places), side)
     for i, (_, row, column) in enumerate(places):
         window = np.s_[..., row : row + part, column : column + part]
         dense = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(1, -1, part, part)
@@ -371,7 +407,7 @@ def test_clicks_alone_are_learnt_on_views_of_half_the_size(datasets: list[str]) 
     options = FinetuneOptions(shapes=0.25, windows=1, half_clicks=0.5, seed=6)
     views = Views(labelled, np.arange(len(labelled)), options, settings)
     for micro in range(40):
-        image, coords, labels, targets, windows, shapes = views[0, micro % len(labelled), micro]
+        image, coords, labels, _, targets, windows, shapes = views[0, micro % len(labelled), micro]
         small = image.shape[-1] == 256
         half.append(small)
         assert image.shape == ((3, 256, 256) if small else (3, 512, 512))
