@@ -79,6 +79,16 @@ STAGES = (
         "--shapes 0.2 --windows 0.95 --small 0.5 --box 0.75 --prompts 36 --lr 1.7e-4 --warmup 10 --final 0.03 "
         "--epochs 2.2 --ema 0.99", datasets=(*LABELLED[:5], *LABELLED[3:]),
     ),
+    Stage(
+        "boxes", "the decoder alone learns where a small box lies, as a caller enlarges its mask",
+        "--learn decoder --shapes 0.7 --windows 1 --small 1 --box 0.95 --exact 0.9 --prompts 96 --lr 3e-4 --warmup 20 "
+        "--final 0.4 --epochs 1.5 --ema 0.99",
+    ),
+    Stage(
+        "together", "the whole network again",
+        "--shapes 0.3 --windows 0.97 --small 0.8 --box 0.65 --exact 0.85 --prompts 40 --lr 1.7e-4 --warmup 10 "
+        "--final 0.03 --epochs 1.6 --ema 0.99", datasets=(*LABELLED, *LABELLED[3:6]),
+    ),
 )  # fmt: skip
 SHARED = "--freeze-norm --threads 1"
 
