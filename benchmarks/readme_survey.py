@@ -88,10 +88,13 @@ def _by_latency(result: Row) -> str | None:
     marks = [
         Mark(f"{label} {row['precision']}", label, ms, found["miou"], tuple(found["interval"]))
         for label, entry in result["entries"].items()
+        if _processor(entry.get("speed")) == _processor(next(iter(result["entries"].values())).get("speed"))
         for row in _fastest(entry)
         if (found := _figure(row, "quality", "truth", BOX, SINGLE)) and (ms := _latency(row)) is not None
     ]
-    title = "Mask quality against latency, fastest backend on a CPU; joined: what no other beats; bars: 95 % intervals"
+    title = (
+        "Mask quality against latency, fastest backend on one CPU; joined: what no other beats; bars: 95 % intervals"
+    )
     return pareto(marks, title, "encoder and decoder, ms", WORTH) if marks else None
 
 
@@ -122,11 +125,21 @@ def _how(result: Row) -> str:
     for images, targets in dict.fromkeys((found["images"], found["targets"]) for found in datasets):
         sentences.append(f"Mask quality on {images} images of COCO val with {targets} objects.")
     timed = [entry["speed"] for entry in entries if entry.get("speed")]
-    for name, threads, runs in dict.fromkeys((how["machine"], how["threads"], how["runs"]) for how in timed):
-        sentences.append(f"Medians of {runs} alternating runs, {threads} threads, on {name}.")
+    for threads, runs in dict.fromkeys((how["threads"], how["runs"]) for how in timed):
+        sentences.append(f"Medians of {runs} alternating runs, {threads} threads.")
+    for place in dict.fromkeys(_processor(how) for how in timed):
+        labels = [label for label, entry in result["entries"].items() if _processor(entry.get("speed")) == place]
+        sentences.append(f"On {place}: {', '.join(labels)}.")
     if len(entries) > 1:
         sentences.append("Models were timed at different times: latencies compare within a model.")
     return " ".join([*sentences, "Source: `benchmarks/results/survey/survey.json`, `survey.py`."])
+
+
+def _processor(speed: Row | None) -> str | None:
+    """What a model was timed on, and what of it speeds up INT8 and bfloat16."""
+    if not speed:
+        return None
+    return f"{speed['machine']} {'with ' + ', '.join(speed['features']) if speed['features'] else 'without VNNI'}"
 
 
 def _notes(result: Row) -> str:

@@ -29,6 +29,7 @@ from typing import Any
 
 from survey_entries import BF16, TORCH, Entry, Way, load_entries, ways_here
 
+from edgesam_deploy.device import cpu_features
 from edgesam_deploy.errors import BundleError, EdgeSAMError, InputError
 from edgesam_deploy.files import write_json
 from edgesam_deploy.images import read_image
@@ -222,7 +223,8 @@ def speed(entry: Entry, options: argparse.Namespace) -> None:
 
     rows = rows_of(entry, options)
     tools = {name: tool_versions()[name] for name in ("torch", "onnxruntime", "openvino")}
-    how = {"machine": machine(), "threads": options.threads, "runs": options.runs, "warmup": WARMUP, "versions": tools}
+    how = {"machine": machine(), "features": list(cpu_features() or ()), "threads": options.threads,
+           "runs": options.runs, "warmup": WARMUP, "versions": tools}  # fmt: skip
     complete = all(found["latency"] is not None and found["peak_rss_mb"] is not None for found in rows)
     if complete and read(options.output)[entry.label].get("speed") == how and not options.again:
         return
