@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesam_deploy.contract import Geometry, GraphContract, TensorSpec, contracts
-from edgesam_deploy.device import int8_saturates
+from edgesam_deploy.device import int8_saturates, int8_shifts
 from edgesam_deploy.errors import BackendError, GraphError, InputError, MissingExtraError
 from edgesam_deploy.runtime import SessionOptions
 
@@ -159,23 +159,34 @@ def _compile(graph: Path, threads: int, precision: str) -> tuple[Any, GraphContr
         # Pinned, two processes of one thread each share the first core and leave the others idle.
         "ENABLE_CPU_PINNING": False,
     }
-    if int8_saturates():
-        # Without VNNI its INT8 convolutions add pairs of products in 16 bits, which saturate (reference: mask IoU 0.82
-        # instead of 0.98), so Q/DQ graphs are computed as they are written there: rounded to INT8, summed in FP32.
-        # The name is that of the CPU plugin's own switch (src/plugins/intel_cpu/src/config.cpp).
-        settings["LP_TRANSFORMS_MODE"] = False
     try:
         # The ONNX reader itself: Core.read_model tries every other format too, and these write to stderr.
         reader = FrontEndManager().load_by_framework("onnx")
         model = reader.convert(reader.load(str(graph)))
         # From the model: the compiled one also names an output after tensors that were merged with it.
         specs = GraphContract(tuple(map(_spec, model.inputs)), tuple(map(_spec, model.outputs)))
+        if int8_saturates() or (int8_shifts() and _signed(model)):
+            # Without VNNI its INT8 convolutions add pairs of products in 16 bits, which saturate (reference: mask IoU
+            # 0.82 instead of 0.98). With VNNI but no AMX it computes int8 activations in uint8 kernels, at the same
+            # loss (0.83; Zen 4, 2026.4.1). There Q/DQ graphs are computed as written: rounded to INT8, summed in FP32.
+            # The name is that of the CPU plugin's own switch (src/plugins/intel_cpu/src/config.cpp).
+            settings["LP_TRANSFORMS_MODE"] = False
         compiled = _core().compile_model(model, "CPU", settings)
     except Exception as error:  # openvino raises RuntimeError and classes of its own
         raise GraphError(f"OpenVINO {_release()} cannot load {graph}: {_reason(error)}") from error
     if not specs.outputs:
         raise GraphError(f"{graph} is not an ONNX graph: OpenVINO finds no outputs in it. Build the bundle again")
     return compiled, specs
+
+
+def _signed(model: Any) -> bool:
+    """Whether activations are rounded to int8, as for TensorRT, and not to uint8."""
+    return any(
+        op.get_type_name() == "Convert"
+        and op.get_output_element_type(0).get_type_name() == "i8"
+        and op.input_value(0).get_node().get_type_name() == "FakeQuantize"
+        for op in model.get_ops()
+    )
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -22,7 +22,7 @@ import pytest
 from edgesam_deploy import load_bundle, shipped_bundle
 from edgesam_deploy.bundle import open_graphs
 from edgesam_deploy.contract import contracts
-from edgesam_deploy.device import int8_saturates
+from edgesam_deploy.device import int8_saturates, int8_shifts
 from edgesam_deploy.errors import BackendError, GraphError, InputError
 from edgesam_deploy.measure.accuracy import compare, load_answers
 from edgesam_deploy.runtime import SessionOptions, open_session
@@ -121,6 +121,8 @@ def test_every_convolution_computes_as_the_graph_says(
         pytest.skip("this CPU does not compute in bfloat16")
     if int8_saturates():
         computes = "f32"  # where INT8 sums would saturate, its roundings alone are INT8
+    if computes == "i8" and int8_shifts():
+        computes = "f32"  # and where int8 would be shifted to uint8
     stage = request.node.callspec.id.removesuffix("-bf16")
     compiled, _ = _compile(built.stages / stage / "encoder.onnx", 1, asked)
     told = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
