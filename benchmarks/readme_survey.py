@@ -85,10 +85,11 @@ def survey() -> dict[str, Any]:
 
 
 def _by_latency(result: Row) -> str | None:
+    place = _processor(next(iter(result["entries"].values())).get("speed"))
     marks = [
         Mark(f"{label} {row['precision']}", label, ms, found["miou"], tuple(found["interval"]))
         for label, entry in result["entries"].items()
-        if _processor(entry.get("speed")) == _processor(next(iter(result["entries"].values())).get("speed"))
+        if _processor(entry.get("speed")) == place
         for row in _fastest(entry)
         if (found := _figure(row, "quality", "truth", BOX, SINGLE)) and (ms := _latency(row)) is not None
     ]

@@ -130,12 +130,6 @@ def int8_saturates() -> bool:
     return platform.machine() == "x86_64" and features is not None and not EXACT_INT8 & set(features)
 
 
-def int8_shifts() -> bool:
-    """Whether int8 x int8 may be computed as uint8 x int8 here: by an x86 without AMX."""
-    features = cpu_features()
-    return platform.machine() == "x86_64" and features is not None and "amx_int8" not in features
-
-
 def parse_l4t(release: str) -> str | None:
     """``# R36 (release), REVISION: 4.3, GCID: ...`` -> ``36.4.3``; None for another text."""
     match = re.search(r"^#\s*R(\d+)\s*\(release\),\s*REVISION:\s*(\d+(?:\.\d+)*)", release, re.MULTILINE)

@@ -108,6 +108,7 @@ def draw(
 
 
 def _choose(rng: np.random.Generator, found: UInt8, areas: NDArray[np.int64], small: float, count: int) -> list[int]:
+    """``count`` labels of ``found``, whose areas in pixels are ``areas``."""
     if not small:  # every region about equally often, however large
         chosen: list[int] = np.resize(rng.permutation(found), count).tolist()
         return chosen

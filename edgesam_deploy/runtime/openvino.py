@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesam_deploy.contract import Geometry, GraphContract, TensorSpec, contracts
-from edgesam_deploy.device import int8_saturates, int8_shifts
+from edgesam_deploy.device import int8_saturates
 from edgesam_deploy.errors import BackendError, GraphError, InputError, MissingExtraError
 from edgesam_deploy.runtime import SessionOptions
 
@@ -144,6 +144,10 @@ class OpenVINOSession:
         return BackendError(f"OpenVINO failed to run {self.graph.name}: {why}")
 
 
+# Rounded to INT8, summed in FP32. The name of the CPU plugin's own switch (src/plugins/intel_cpu/src/config.cpp).
+AS_WRITTEN = {"LP_TRANSFORMS_MODE": False}
+
+
 def _compile(graph: Path, threads: int, precision: str) -> tuple[Any, GraphContract]:
     """The compiled graph and its inputs and outputs."""
     from openvino.frontend import FrontEndManager
@@ -165,13 +169,14 @@ def _compile(graph: Path, threads: int, precision: str) -> tuple[Any, GraphContr
         model = reader.convert(reader.load(str(graph)))
         # From the model: the compiled one also names an output after tensors that were merged with it.
         specs = GraphContract(tuple(map(_spec, model.inputs)), tuple(map(_spec, model.outputs)))
-        if int8_saturates() or (int8_shifts() and _signed(model)):
+        if int8_saturates():
             # Without VNNI its INT8 convolutions add pairs of products in 16 bits, which saturate (reference: mask IoU
-            # 0.82 instead of 0.98). With VNNI but no AMX it computes int8 activations in uint8 kernels, at the same
-            # loss (0.83; Zen 4, 2026.4.1). There Q/DQ graphs are computed as written: rounded to INT8, summed in FP32.
-            # The name is that of the CPU plugin's own switch (src/plugins/intel_cpu/src/config.cpp).
-            settings["LP_TRANSFORMS_MODE"] = False
+            # 0.82 instead of 0.98), so Q/DQ graphs are computed as they are written there.
+            settings |= AS_WRITTEN
         compiled = _core().compile_model(model, "CPU", settings)
+        if _signed(model) and _in_uint8(compiled):
+            # A CPU with VNNI but no AMX (Zen 4, 2026.4.1): the same loss, 0.83 instead of 0.98.
+            compiled = _core().compile_model(model, "CPU", settings | AS_WRITTEN)
     except Exception as error:  # openvino raises RuntimeError and classes of its own
         raise GraphError(f"OpenVINO {_release()} cannot load {graph}: {_reason(error)}") from error
     if not specs.outputs:
@@ -179,8 +184,14 @@ def _compile(graph: Path, threads: int, precision: str) -> tuple[Any, GraphContr
     return compiled, specs
 
 
+def _in_uint8(compiled: Any) -> bool:
+    """Whether a convolution of the compiled graph takes uint8, by OpenVINO's own account."""
+    told = (op.get_rt_info() for op in compiled.get_runtime_model().get_ops())
+    return any(t["layerType"].astype(str) == "Convolution" and t["runtimePrecision"].astype(str) == "u8" for t in told)
+
+
 def _signed(model: Any) -> bool:
-    """Whether activations are rounded to int8, as for TensorRT, and not to uint8."""
+    """Whether activations of the graph are rounded to int8, as for TensorRT, and not to uint8."""
     return any(
         op.get_type_name() == "Convert"
         and op.get_output_element_type(0).get_type_name() == "i8"
