@@ -15,6 +15,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
 
+from edgesam_deploy.measure.protocol import fill
+from edgesam_deploy.prompts import Prompts
 from edgesam_deploy.recipe import load_recipe
 from edgesam_deploy.target import load_target
 
@@ -78,6 +80,38 @@ def test_differences_by_hand(script: Any) -> None:
 
 CHILD = "import sys, time; held = bytes(int(sys.argv[1])); held = held.replace(b'\\0', b'x'); time.sleep(60)"
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}, sys.argv[1]])"
+
+
+class Fills:
+    """A predictor whose every mask fills its box, moved to the right by a share of its width."""
+
+    def __init__(self, moved: float) -> None:
+        self.moved = moved
+
+    def set_image(self, image: np.ndarray) -> None:
+        self.shape = image.shape[:2]
+
+    def decode(self, prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
+        assert prompts.boxes is not None
+        step = self.moved * (prompts.boxes[:, 2] - prompts.boxes[:, 0])
+        boxes = prompts.boxes + np.stack([step, 0 * step, step, 0 * step], axis=1)
+        filled = np.stack([fill(box, self.shape, ellipse=False) for box in boxes])
+        return np.repeat(filled[:, None].astype(np.float32) - 0.5, 4, axis=1), np.ones((len(boxes), 4))
+
+    def postprocess(self, masks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        assert masks.shape == (1, 1, *shape)
+        return masks
+
+
+def test_places_of_boxes_by_hand(script: Any) -> None:
+    """A filled box is π/4 of an ellipse; one that is moved by a quarter of its width has a quarter outside."""
+    module = script("box_places")
+    photos = sorted(PHOTOS.glob("*.jpg"))[:2]
+    for moved in (0.0, 0.25):
+        found = module.measure(Fills(moved), photos, 512)["50-100"]
+        assert found["outside"] == pytest.approx(moved, abs=0.02)
+        if not moved:
+            assert found["iou"] == pytest.approx(np.pi / 4, abs=0.01)
 
 
 def test_memory_of_a_process_and_its_child(script: Any) -> None:

@@ -104,7 +104,8 @@ def embed_prompts(sam: Sam, coords: Tensor, labels: Tensor) -> Tensor:
     segment-anything's encoder takes boxes and points apart; this takes the labels of the exported decoder.
     """
     encoder = sam.prompt_encoder
-    embedded: Tensor = encoder.pe_layer.forward_with_coords(coords + 0.5, encoder.input_image_size)
+    with _float32(coords):
+        embedded: Tensor = encoder.pe_layer.forward_with_coords(coords + 0.5, encoder.input_image_size)
     embedded = embedded * (labels != LABEL_PADDING).unsqueeze(-1)
     for label, table in enumerate([encoder.not_a_point_embed, *encoder.point_embeddings], start=LABEL_PADDING):
         embedded = embedded + (labels == label).unsqueeze(-1) * table.weight
@@ -124,7 +125,8 @@ def decode(
     output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([output_tokens.expand(count, -1, -1), sparse], dim=1)
     source = embeddings + sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).to(embeddings.dtype)
-    position = sam.prompt_encoder.get_dense_pe().to(source.dtype)
+    with _float32(source):
+        position = sam.prompt_encoder.get_dense_pe().to(source.dtype)
     if image is None:
         image = torch.arange(len(embeddings), device=source.device).repeat_interleave(count // len(embeddings))
     if windows is None:
@@ -135,6 +137,11 @@ def decode(
     hidden, source = decoder.transformer(source, position, tokens)
     weights = torch.stack([mlp(hidden[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=2)
     return upscale(decoder.output_upscaling, source, weights), decoder.iou_prediction_head(hidden[:, 0])
+
+
+def _float32(like: Tensor) -> torch.autocast:
+    """No autocast: bfloat16 keeps eight bits of a coordinate, which is two pixels of 512."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def upscale(layers: nn.Sequential, source: Tensor, weights: Tensor) -> Tensor:

@@ -259,6 +259,19 @@ def test_the_fast_decoder_answers_as_segment_anything_does(tiny_recipe: Path, ch
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_mixed_precision_keeps_places_exact(tiny_recipe: Path, checkpoint: Path) -> None:
+    """Eight bits of a coordinate are two pixels of 512: neighbours would be one place."""
+    model = load_model(load_recipe(tiny_recipe), checkpoint)
+    model.prompt_encoder.input_image_size = (512, 512)
+    coords = torch.tensor([[[float(x), 300.0], [400.0, float(x)]] for x in range(240, 272)])
+    labels = torch.tensor([[2.0, 3.0]]).expand(len(coords), 2)
+    with torch.inference_mode():
+        expected = embed_prompts(model, coords, labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = embed_prompts(model, coords, labels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_small_masks_are_asked_for_more_often(datasets: list[str]) -> None:
     """By boxes, inversely to their area with the power 1: the mean area asked for is then the harmonic mean of the
     areas. Clicks ask for all equally often."""
