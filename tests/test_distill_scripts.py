@@ -114,6 +114,22 @@ def test_places_of_boxes_by_hand(script: Any) -> None:
             assert found["iou"] == pytest.approx(np.pi / 4, abs=0.01)
 
 
+def test_weights_are_averaged_by_their_share(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other, output = (tmp_path / name for name in ("first.pt", "other.pt", "averaged.pt"))
+    torch.save({"w": torch.tensor([1.0, 2.0]).half(), "n": torch.tensor(5)}, first)
+    torch.save({"w": torch.tensor([3.0, -2.0]).half(), "n": torch.tensor(7)}, other)
+    words = ["average_weights.py", str(first), str(other), "--share", "0.25", "-o", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    script("average_weights").main()
+    found = torch.load(output, weights_only=True)
+    assert found["w"].dtype == torch.float16
+    assert found["w"].tolist() == [1.5, 1.0]
+    assert found["n"] == 5
+    torch.save({"w": torch.zeros(3).half(), "n": torch.tensor(7)}, other)
+    with pytest.raises(SystemExit, match="not of the same network"):
+        script("average_weights").main()
+
+
 def test_memory_of_a_process_and_its_child(script: Any) -> None:
     module = script("distill_watch")
     found = []
