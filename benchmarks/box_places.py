@@ -68,7 +68,7 @@ def measure(predictor: Predictor, photos: list[Path], size: int) -> dict[str, di
             for box, mask in zip(boxes, logits, strict=True):
                 answer = predictor.postprocess(mask[None, :1], shape)[0, 0] > MASK_THRESHOLD
                 ellipse, inside = (fill(box, shape, ellipse=kind) for kind in (True, False))
-                outside = np.count_nonzero(answer & ~inside) / max(np.count_nonzero(answer), 1)
+                outside = float((answer & ~inside).sum()) / max(int(answer.sum()), 1)
                 found.setdefault(f"{low}-{high}", []).append((mask_iou(answer, ellipse), outside))
     means = {name: np.mean(values, axis=0).round(4).tolist() for name, values in found.items()}
     return {name: {"iou": iou, "outside": outside} for name, (iou, outside) in means.items()}
