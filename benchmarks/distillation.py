@@ -1,12 +1,13 @@
 """What trainings give: each experiment is a few commands of sam-export, its curve, and its masks on evaluation images.
 
-    python benchmarks/distillation.py --data DIR --work DIR [--experiments NAME ...] [--threads 2]
+    python benchmarks/distillation.py --data DIR --work DIR [--experiments NAME ...] [--threads 2] [--amp bf16]
 
 DIR of --data holds the packs that the README's reference model was trained on (bsds500, coco-subset, ecssd, sod-masks,
 imagenet-sample); --work keeps the runs, which go on where they stopped. Writes benchmarks/results/distill/
 experiments.json, an entry per experiment: commands, origin, seconds, loss and agreement over training, and `sam-export
-eval` on coco-subset/val: mIoU with the true mask, and agreement with the teacher's masks for the same prompts. No
-evaluation split is learnt from, and of imagenet-sample only the three quarters that are not for calibration.
+eval` on coco-subset/val: mIoU with the true mask, and agreement with the teacher's masks for the same prompts; entries
+of another teacher are given up. No evaluation split is learnt from, and of imagenet-sample only the three quarters that
+are not for calibration. Several of these scripts may run at a time, with different experiments.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from counts import count
-from distill_runs import write_recipe
+from distill_runs import WEIGHTS, write_recipe
 
-from edgesam_deploy.files import write_json
+from edgesam_deploy.files import sha256_file, write_json
 from edgesam_deploy.measure.latency import machine
 from edgesam_deploy.recipe import load_recipe
 from edgesam_deploy.stages.cache import tool_versions
@@ -123,11 +124,11 @@ def checkpoint_before(experiment: Experiment) -> str:
     return experiment.recipe.replace(".toml", ".pt") if experiment.init == "pruned" else f"{experiment.init}/student.pt"
 
 
-def words_of(name: str, work: Path, data: Path, threads: int) -> list[str]:
+def words_of(name: str, data: Path, threads: int, amp: str) -> list[str]:
     """The command of an experiment's run, as it is recorded."""
     experiment = EXPERIMENTS[name]
-    words = [experiment.command, experiment.recipe, "-o", name, *experiment.options, "--held", "32", "--half",
-             "--threads", str(threads), "--log-every", "10", "--check-every", "200"]  # fmt: skip
+    words = [experiment.command, experiment.recipe, "-o", name, *experiment.options, "--held", "32", "--half", "--amp",
+             amp, "--threads", str(threads), "--log-every", "10", "--check-every", "200"]  # fmt: skip
     if experiment.init is not None:
         words += ["--init", checkpoint_before(experiment)]
     if experiment.command == "distill":
@@ -166,7 +167,7 @@ def curve(path: Path) -> list[dict[str, float]]:
     return [row for number, row in enumerate(rows) if number % step == 0 or number == len(rows) - 1]
 
 
-def run(name: str, work: Path, data: Path, threads: int) -> dict[str, Any]:
+def run(name: str, work: Path, data: Path, threads: int, amp: str) -> dict[str, Any]:
     experiment = EXPERIMENTS[name]
     entry: dict[str, Any] = {"about": experiment.about}
     if experiment.pruned is not None:
@@ -174,7 +175,7 @@ def run(name: str, work: Path, data: Path, threads: int) -> dict[str, Any]:
     elif experiment.backbone is not None:
         recipe = load_recipe(str(write_recipe(work / experiment.recipe, SIZE, experiment.backbone)))
         entry["encoder_macs"] = count(recipe).encoder_macs
-    words = words_of(name, work, data, threads)
+    words = words_of(name, data, threads, amp)
     call(work, threads, *words)
     entry["command"] = shlex.join(["sam-export", *words]).replace(str(data), "DATA")
     record = json.loads((work / name / "run.json").read_text(encoding="utf-8"))
@@ -192,21 +193,28 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="bf16: for a CPU that multiplies in it")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     work, data = options.work.resolve(), options.data.resolve()
     link_images(work, data)
     for name in options.experiments:
-        entry = run(name, work, data, options.threads)
-        content: dict[str, Any] = {"experiments": {}}
-        if options.output.is_file():
-            content = json.loads(options.output.read_text(encoding="utf-8"))
-        content |= {"machine": machine(), "tools": tool_versions()}
-        content["experiments"][name] = entry
-        if "teacher" not in content:
-            content["teacher"] = evaluated(work, data, TEACHER, None)
-        write_json(options.output, content)
-        print(f"{name}: wrote {options.output}")
+        entry = run(name, work, data, options.threads, options.amp)
+        if "teacher" not in recorded(options.output):
+            truth = evaluated(work, data, TEACHER, None)
+            write_json(options.output, {**recorded(options.output), "teacher": truth})
+        content = recorded(options.output)
+        content |= {"machine": machine(), "tools": tool_versions(), "teacher_sha256": sha256_file(WEIGHTS)}
+        write_json(options.output, {**content, "experiments": {**content["experiments"], name: entry}})
+        print(f"{name}: wrote {options.output}", flush=True)
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """What the file has of this teacher; what it has of another one does not compare, and is given up."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if content.get("teacher_sha256") != sha256_file(WEIGHTS):
+        return {"experiments": {}, "teacher_sha256": sha256_file(WEIGHTS)}
+    return content
 
 
 if __name__ == "__main__":
