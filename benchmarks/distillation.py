@@ -1,13 +1,16 @@
 """What trainings give: each experiment is a few commands of sam-export, its curve, and its masks on evaluation images.
 
-    python benchmarks/distillation.py --data DIR --work DIR [--experiments NAME ...] [--threads 2] [--amp bf16]
+    python benchmarks/distillation.py --data DIR --work DIR [--earlier] [--experiments NAME ...] [--threads 2]
+        [--amp bf16]
 
 DIR of --data holds the packs that the README's reference model was trained on (bsds500, coco-subset, ecssd, sod-masks,
 imagenet-sample); --work keeps the runs, which go on where they stopped. Writes benchmarks/results/distill/
 experiments.json, an entry per experiment: commands, origin, seconds, loss and agreement over training, and `sam-export
 eval` on coco-subset/val: mIoU with the true mask, and agreement with the teacher's masks for the same prompts; entries
 of another teacher are given up. No evaluation split is learnt from, and of imagenet-sample only the three quarters that
-are not for calibration. Several of these scripts may run at a time, with different experiments.
+are not for calibration. --earlier: the teacher is not the reference model but one that was shipped before, with an
+HGNetV2-B0 encoder, whose weights the tests keep; it has another folder for --work, and earlier-experiments.json.
+Several of these scripts may run at a time, with different experiments.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -24,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from counts import count
-from distill_runs import WEIGHTS, write_recipe
+from distill_runs import RESULTS, WEIGHTS, write_recipe
 
 from edgesam_deploy.files import sha256_file, write_json
 from edgesam_deploy.measure.latency import machine
@@ -32,8 +36,6 @@ from edgesam_deploy.recipe import load_recipe
 from edgesam_deploy.stages.cache import tool_versions
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / "benchmarks" / "results" / "distill" / "experiments.json"
-TEACHER = "reference"
 # Pixels, the teacher's.
 SIZE = 512
 # Points of a curve that are kept.
@@ -44,6 +46,34 @@ PACKS = ("coco-subset/images/train2017", "bsds500/train", "bsds500/val", "ecssd/
 LABELLED = ("coco:{data}/coco-subset/instances_train.json", "coco:{data}/coco-subset/instances_train.json",
             "coco:{data}/coco-subset/stuff_train.json", "labels:{data}/bsds500/train", "labels:{data}/bsds500/val",
             "masks:{data}/ecssd/train", "masks:{data}/sod-masks/train@{data}/bsds500/train")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """recipe: a name, or a file in the folder of the runs; weights: there, too, or None for the recipe's own; source:
+    what they are a copy of."""
+
+    name: str
+    recipe: str
+    source: Path
+    output: Path
+    weights: str | None = None
+    backbone: str | None = None
+
+    def given(self, option: str, weights: str) -> list[str]:
+        """Words of a command: which teacher, by ``option``, and its weights, by ``weights``."""
+        return [*([option] if option else []), self.recipe, *([weights, self.weights] if self.weights else [])]
+
+    def put(self, work: Path) -> None:
+        """Its recipe and its weights, where they are files."""
+        if self.backbone is not None and self.weights is not None and not (work / self.weights).is_file():
+            write_recipe(work / self.recipe, SIZE, self.backbone)
+            shutil.copyfile(self.source, work / self.weights)
+
+
+SHIPPED = Teacher("reference", "reference", WEIGHTS, RESULTS / "experiments.json")
+EARLIER = Teacher("earlier", "earlier.toml", ROOT / "tests" / "data" / "tiny.pt", RESULTS / "earlier-experiments.json",
+                  "earlier.pt", "hgnetv2_b0")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +89,9 @@ class Experiment:
     init: str | None = None
     options: tuple[str, ...] = field(default=())
 
-    @property
-    def recipe(self) -> str:
+    def recipe(self, teacher: Teacher) -> str:
         if self.pruned is not None:
-            return f"pruned-{self.pruned}/{TEACHER}_pruned{round(100 * self.pruned)}.toml"
+            return f"pruned-{self.pruned}/{teacher.name}_pruned{round(100 * self.pruned)}.toml"
         return f"students/{self.backbone}.toml"
 
 
@@ -109,30 +138,34 @@ def call(work: Path, threads: int, *words: str) -> Any:
     return json.loads(done.stdout)
 
 
-def prune(work: Path, share: float, threads: int) -> dict[str, Any]:
+def prune(teacher: Teacher, work: Path, share: float, threads: int) -> dict[str, Any]:
     """The pruned teacher: its folder is made once."""
     folder = work / f"pruned-{share}"
     report = folder / "prune.json"
     if not report.is_file():
-        found = call(work, threads, "prune", TEACHER, "--ratio", str(share), "-o", folder.name)
+        found = call(
+            work, threads, "prune", *teacher.given("", "--checkpoint"), "--ratio", str(share), "-o", folder.name
+        )
         write_json(report, {k: v for k, v in found.items() if k not in ("recipe", "checkpoint")})
     content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     return content
 
 
-def checkpoint_before(experiment: Experiment) -> str:
-    return experiment.recipe.replace(".toml", ".pt") if experiment.init == "pruned" else f"{experiment.init}/student.pt"
+def checkpoint_before(experiment: Experiment, teacher: Teacher) -> str:
+    if experiment.init == "pruned":
+        return experiment.recipe(teacher).replace(".toml", ".pt")
+    return f"{experiment.init}/student.pt"
 
 
-def words_of(name: str, data: Path, threads: int, amp: str) -> list[str]:
+def words_of(name: str, teacher: Teacher, data: Path, threads: int, amp: str) -> list[str]:
     """The command of an experiment's run, as it is recorded."""
     experiment = EXPERIMENTS[name]
-    words = [experiment.command, experiment.recipe, "-o", name, *experiment.options, "--held", "32", "--half", "--amp",
-             amp, "--threads", str(threads), "--log-every", "10", "--check-every", "200"]  # fmt: skip
+    words = [experiment.command, experiment.recipe(teacher), "-o", name, *experiment.options, "--held", "32", "--half",
+             "--amp", amp, "--threads", str(threads), "--log-every", "10", "--check-every", "200"]  # fmt: skip
     if experiment.init is not None:
-        words += ["--init", checkpoint_before(experiment)]
+        words += ["--init", checkpoint_before(experiment, teacher)]
     if experiment.command == "distill":
-        words += ["--teacher", TEACHER, "--cache", "cache"]
+        words += [*teacher.given("--teacher", "--checkpoint"), "--cache", "cache"]
         return [*words, "--images", IMAGES]
     return words + [part for text in LABELLED for part in ("--dataset", text.format(data=data))]
 
@@ -150,11 +183,15 @@ def link_images(work: Path, data: Path) -> None:
             link.symlink_to(path)
 
 
-def evaluated(work: Path, data: Path, recipe: str, checkpoint: str | None) -> dict[str, list[dict[str, Any]]]:
-    """What ``eval`` says of ground truth and of agreement with the teacher, without the calibration."""
-    words = ["eval", recipe, *(["--checkpoint", checkpoint] if checkpoint else []), "--dataset",
-             f"coco:{data}/coco-subset/instances_val.json", "--prompts", "box,click", "--workers", "2",
-             "--threads", "1", *(["--against", TEACHER] if checkpoint else [])]  # fmt: skip
+def evaluated(work: Path, data: Path, teacher: Teacher, student: tuple[str, str] | None) -> dict[str, list[Any]]:
+    """What ``eval`` says of ground truth, and of a student's agreement with the teacher, without the calibration.
+
+    student: recipe and checkpoint; None: of the teacher itself.
+    """
+    model = teacher.given("", "--checkpoint") if student is None else [student[0], "--checkpoint", student[1]]
+    against = [] if student is None else teacher.given("--against", "--against-checkpoint")
+    words = ["eval", *model, "--dataset", f"coco:{data}/coco-subset/instances_val.json", "--prompts", "box,click",
+             "--workers", "2", "--threads", "1", *against]  # fmt: skip
     found = call(work, 1, *words)
     kinds = ("truth", "agreement")
     return {kind: [{k: v for k, v in q.items() if k != "calibration"} for q in found[kind] or ()] for kind in kinds}
@@ -167,23 +204,24 @@ def curve(path: Path) -> list[dict[str, float]]:
     return [row for number, row in enumerate(rows) if number % step == 0 or number == len(rows) - 1]
 
 
-def run(name: str, work: Path, data: Path, threads: int, amp: str) -> dict[str, Any]:
+def run(name: str, teacher: Teacher, work: Path, data: Path, threads: int, amp: str) -> dict[str, Any]:
     experiment = EXPERIMENTS[name]
+    of = experiment.recipe(teacher)
     entry: dict[str, Any] = {"about": experiment.about}
     if experiment.pruned is not None:
-        entry["pruned"] = prune(work, experiment.pruned, threads)
+        entry["pruned"] = prune(teacher, work, experiment.pruned, threads)
     elif experiment.backbone is not None:
-        recipe = load_recipe(str(write_recipe(work / experiment.recipe, SIZE, experiment.backbone)))
+        recipe = load_recipe(str(write_recipe(work / of, SIZE, experiment.backbone)))
         entry["encoder_macs"] = count(recipe).encoder_macs
-    words = words_of(name, data, threads, amp)
+    words = words_of(name, teacher, data, threads, amp)
     call(work, threads, *words)
     entry["command"] = shlex.join(["sam-export", *words]).replace(str(data), "DATA")
     record = json.loads((work / name / "run.json").read_text(encoding="utf-8"))
     entry["run"] = {k: v for k, v in record.items() if k not in ("machine",)}
     entry["log"], entry["checks"] = curve(work / name / "log.csv"), curve(work / name / "checks.csv")
     if experiment.init is not None:
-        entry["before"] = evaluated(work, data, experiment.recipe, checkpoint_before(experiment))
-    entry["after"] = evaluated(work, data, experiment.recipe, f"{name}/student.pt")
+        entry["before"] = evaluated(work, data, teacher, (of, checkpoint_before(experiment, teacher)))
+    entry["after"] = evaluated(work, data, teacher, (of, f"{name}/student.pt"))
     return entry
 
 
@@ -191,30 +229,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--earlier", action="store_true", help="the teacher is the reference model of before")
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="bf16: for a CPU that multiplies in it")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, help="default: in benchmarks/results/distill")
     options = parser.parse_args()
     work, data = options.work.resolve(), options.data.resolve()
+    teacher = EARLIER if options.earlier else SHIPPED
+    output = options.output or teacher.output
     link_images(work, data)
+    teacher.put(work)
     for name in options.experiments:
-        entry = run(name, work, data, options.threads, options.amp)
-        if "teacher" not in recorded(options.output):
-            truth = evaluated(work, data, TEACHER, None)
-            write_json(options.output, {**recorded(options.output), "teacher": truth})
-        content = recorded(options.output)
-        content |= {"machine": machine(), "tools": tool_versions(), "teacher_sha256": sha256_file(WEIGHTS)}
-        write_json(options.output, {**content, "experiments": {**content["experiments"], name: entry}})
-        print(f"{name}: wrote {options.output}", flush=True)
+        entry = run(name, teacher, work, data, options.threads, options.amp)
+        if "teacher" not in recorded(output, teacher):
+            truth = evaluated(work, data, teacher, None)
+            write_json(output, {**recorded(output, teacher), "teacher": truth})
+        content = {**recorded(output, teacher), "machine": machine(), "tools": tool_versions()}
+        write_json(output, {**content, "experiments": {**content["experiments"], name: entry}})
+        print(f"{name}: wrote {output}", flush=True)
 
 
-def recorded(path: Path) -> dict[str, Any]:
+def recorded(path: Path, teacher: Teacher) -> dict[str, Any]:
     """What the file has of this teacher; what it has of another one does not compare, and is given up."""
+    digest = sha256_file(teacher.source)
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if content.get("teacher_sha256") != sha256_file(WEIGHTS):
-        return {"experiments": {}, "teacher_sha256": sha256_file(WEIGHTS)}
-    return content
+    return content if content.get("teacher_sha256") == digest else {"experiments": {}, "teacher_sha256": digest}
 
 
 if __name__ == "__main__":

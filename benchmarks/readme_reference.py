@@ -50,7 +50,7 @@ def stages() -> list[str]:
         f"**How the reference model was trained**, {minutes:.0f} minutes on {result['cores']} cores, "
         f"{result['machine']}, from weights of sha256 `{first(result)['init_sha256'][:8]}…`. Held out: mask IoU on 32 "
         "training photographs whose masks no stage learnt from, seen whole; for clicks the best of three. "
-        f"{otherwise(result['stages'])}{averaged(result)}Before these stages lie 175 minutes more: "
+        f"{otherwise(result['stages'])}{averaged(result['stages'])}Before these stages lie 175 minutes more: "
         "`edgesam_deploy/assets/reference.md`, which says what limits the model, too. Source: "
         "`benchmarks/results/distill/reference.json`, `reference_training.py`.",
         "",
@@ -83,17 +83,20 @@ def otherwise(stages_of: Mapping[str, Row]) -> str:
     )
 
 
-def averaged(result: Row) -> str:
-    """What was averaged at the end, and what the held-out images say of other shares."""
-    if (average := result.get("average")) is None:
-        return ""
-    shares = ", ".join(
-        f"{share}: {held['box_iou']:.3f} and {held['click_iou']:.3f}" for share, held in average["held_out"].items()
-    )
-    return (
-        f"At the end {average['share']} of the weights `{average['of'][1][:8]}…` were averaged in, by "
-        f"`average_weights.py`; boxes and clicks by that share: {shares}. "
-    )
+def averaged(stages_of: Mapping[str, Row]) -> str:
+    """What was averaged in after a stage, and what the held-out images say of other shares."""
+    told = ""
+    for name, entry in stages_of.items():
+        if (average := entry.get("average")) is not None:
+            shares = ", ".join(
+                f"{share}: {held['box_iou']:.3f} and {held['click_iou']:.3f}"
+                for share, held in average["held_out"].items()
+            )
+            told += (
+                f"After `{name}` {average['share']} of the weights `{average['of'][1][:8]}…` were averaged in, by "
+                f"`average_weights.py`; boxes and clicks by that share: {shares}. "
+            )
+    return told
 
 
 def of_teacher(entry: Row) -> bool:

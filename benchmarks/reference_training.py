@@ -33,6 +33,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "M
 
 
 START = "start.pt"
+OFTEN = (*LABELLED[:5], *LABELLED[3:5], *LABELLED[3:])  # bsds500 three times
 TEACHER = "teacher"  # the network of the stages before the backbone that knows ImageNet
 
 
@@ -87,7 +88,12 @@ STAGES = (
     Stage(
         "together", "the whole network again, bsds500 three times",
         "--shapes 0.35 --windows 0.97 --small 0.8 --box 0.55 --exact 0.85 --prompts 56 --lr 1.6e-4 --warmup 10 "
-        "--final 0.03 --epochs 2.4 --ema 0.99", datasets=(*LABELLED[:5], *LABELLED[3:5], *LABELLED[3:]),
+        "--final 0.03 --epochs 2.4 --ema 0.99", datasets=OFTEN,
+    ),
+    Stage(
+        "last", "the decoder alone again, true masks of all sizes and ellipses: the stage before forgets places",
+        "--learn decoder --shapes 0.4 --windows 0.97 --small 0.85 --box 0.65 --exact 0.9 --prompts 80 --lr 2.5e-4 "
+        "--warmup 10 --final 0.03 --epochs 1.5 --ema 0.99", datasets=OFTEN,
     ),
 )  # fmt: skip
 SHARED = "--freeze-norm --threads 1"
