@@ -12,36 +12,40 @@ from edgesam_deploy.measure.chart import LEFT, RIGHT, WIDTH, LinearAxis, colours
 from edgesam_deploy.measure.protocol import BOX, BY_PREDICTED, CLICK, SAME_INDEX, SINGLE
 
 FOLDER = RESULTS / "distill"
-CHART = "agreement.svg"
+# Results of one teacher, and the chart of them; of_earlier tells which teacher that is.
+CHARTS = {"experiments.json": "agreement.svg", "earlier-experiments.json": "earlier-agreement.svg"}
 STYLE = ".curve{stroke-width:1.6;fill:none}.clicks{stroke-dasharray:5 3}"
 NONE = "–"
 Row = Mapping[str, Any]
 
 
 def experiments() -> list[str]:
-    """Every experiment: what it cost, and its masks before and after."""
-    result = found()
-    if not result:
-        return []
+    """Every experiment, by teacher: what it cost, and its masks before and after."""
+    parts = [_of_teacher(source, chart) for source, chart in CHARTS.items() if (FOLDER / source).is_file()]
+    return [line for number, part in enumerate(parts) for line in ([""] * (number > 0) + part)]
+
+
+def _of_teacher(source: str, chart: str) -> list[str]:
+    result = load(FOLDER / source)
     header = ["experiment", "encoder GMACs", "minutes", "updates", "agreement: click", "box", "mIoU, annotated box",
               "small", "medium", "large", "one click, by predicted IoU"]  # fmt: skip
     rows = [["the teacher", *_teacher(result)]]
     rows += [_row(name, entry) for name, entry in result["experiments"].items()]
-    run = next(iter(result["experiments"].values()))["run"]
-    threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
+    runs = [entry["run"] for entry in result["experiments"].values()]
+    photographs = max(run["images"] for run in runs if "teacher" in run)
     commands = [f"`{entry['command']}`" for entry in result["experiments"].values()]
+    drawn = [f"![Agreement with the teacher over training](results/distill/{chart})", ""] if _curves(result) else []
     return [
-        f"**Trainings**, each a few commands, on {threads} beside other work: minutes, of the updates alone, are upper "
+        "**Trainings**, each a few commands, on one thread beside other work: minutes, of the updates alone, are upper "
         "bounds. "
         "Agreement: mIoU with the teacher's masks to the same prompts, on all objects of coco-subset/val, which no run "
         "has seen; mIoU: with the true masks there (95 % interval). Before → after. Distilled from "
-        f"{run['images']} photographs without labels. {of_earlier('The teacher', macs=teacher_macs(result))}"
-        "Source: `benchmarks/results/distill/experiments.json`, `distillation.py`.",
+        f"{photographs} photographs without labels. {of_earlier('The teacher', macs=teacher_macs(result))}"
+        f"Source: `benchmarks/results/distill/{source}`, `distillation.py`.",
         "",
         *table(header, rows),
         "",
-        f"![Agreement with the teacher over training](results/distill/{CHART})",
-        "",
+        *drawn,
         "Commands: " + "; ".join(commands) + ".",
     ]
 
@@ -71,19 +75,22 @@ def encoding() -> list[str]:
     ]
 
 
-def found() -> dict[str, Any]:
-    path = FOLDER / "experiments.json"
-    return load(path) if path.is_file() else {}
-
-
 def charts() -> dict[Path, str]:
-    """Agreement over the updates of every distillation."""
+    """Agreement over the updates of every distillation, a chart for each teacher."""
     curves = {
+        FOLDER / chart: _curves(load(FOLDER / source))
+        for source, chart in CHARTS.items()
+        if (FOLDER / source).is_file()
+    }
+    return {path: _chart(of) for path, of in curves.items() if of}
+
+
+def _curves(result: Row) -> dict[str, list[Row]]:
+    return {
         name: entry["checks"]
-        for name, entry in found().get("experiments", {}).items()
+        for name, entry in result["experiments"].items()
         if len(entry["checks"]) > 2 and "cosine" in entry["checks"][0]
     }
-    return {FOLDER / CHART: _chart(curves)} if curves else {}
 
 
 def _chart(curves: Mapping[str, list[Row]]) -> str:
