@@ -10,6 +10,7 @@ from pareto import Mark, pareto
 from result_tables import RESULTS, load, table
 
 from edgesam_deploy.measure.protocol import BOX, BY_PREDICTED, CLICK, SAME_INDEX, SINGLE
+from edgesam_deploy.recipe import load_recipe
 
 FOLDER = RESULTS / "survey"
 LATENCY, MACS = "pareto-latency.svg", "pareto-macs.svg"
@@ -131,6 +132,10 @@ def _how(result: Row) -> str:
     for place in dict.fromkeys(_processor(how) for how in timed):
         labels = [label for label, entry in result["entries"].items() if _processor(entry.get("speed")) == place]
         sentences.append(f"On {place}: {', '.join(labels)}.")
+    reference = result["entries"].get("reference", {})
+    if reference and reference["checkpoint_sha256"] != load_recipe("reference").checkpoint.sha256:
+        weights = reference["checkpoint_sha256"][:8]
+        sentences.append(f"`reference` has here the weights {weights}…, which were shipped before: the same network.")
     if len(entries) > 1:
         sentences.append("Models were timed at different times: latencies compare within a model.")
     return " ".join([*sentences, "Source: `benchmarks/results/survey/survey.json`, `survey.py`."])
