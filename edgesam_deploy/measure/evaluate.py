@@ -17,8 +17,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context, util
+from multiprocessing import connection, get_context, parent_process, util
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
@@ -150,7 +151,7 @@ def evaluate(
 ) -> Iterator[ImageResult]:
     """The results of all images, in the datasets' order, as they are made.
 
-    Raises what a process raised. Leave the iterator and no process goes on.
+    Raises what a process raised. Leave the iterator and no process goes on, nor does one where this one is killed.
     """
     names = [dataset.name for dataset in datasets]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -256,6 +257,15 @@ def _start(job: Job) -> None:
     _job = job
     # Ctrl-C reaches all processes of a terminal; the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed ends nobody, and a worker waits for tasks for ever: it holds both ends of their queue.
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _examine(dataset: str, image: EvalImage) -> ImageResult:

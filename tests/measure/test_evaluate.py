@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +135,53 @@ def test_a_process_that_dies_is_told_of(tmp_path: Path) -> None:
 
 
 def die(threads: int | None) -> Any:
-    import os
-
     os._exit(9)
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Tells where it was opened, and never gets done."""
+
+    folder: Path
+
+    @contextmanager
+    def open(self, threads: int | None) -> Iterator[Predictor]:
+        (self.folder / str(os.getpid())).touch()
+        time.sleep(600)
+        with MODEL.open(threads) as predictor:
+            yield predictor
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_killed_one(tmp_path: Path, number: signal.Signals) -> None:
+    images, opened = made.masks(tmp_path / "images"), tmp_path / "opened"
+    opened.mkdir()
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, images, opened], cwd=Path(__file__).parents[2])
+    try:
+        deadline = time.monotonic() + 120
+        while len(workers := [int(path.name) for path in opened.iterdir()]) < 2:
+            assert parent.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        parent.send_signal(number)
+        parent.wait()
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline, "a worker goes on"
+        time.sleep(0.01)
+
+
+KILLED = f"""
+import sys
+from pathlib import Path
+from {__name__} import Busy, EvalOptions, evaluate, open_dataset
+list(evaluate(Busy(Path(sys.argv[2])).open, [open_dataset("masks:" + sys.argv[1])], EvalOptions(("box",), workers=2)))
+"""
+
+
+def alive(pid: int) -> bool:
+    """A zombie is not: whoever took the orphan in may wait for nobody."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
