@@ -18,6 +18,7 @@ import readme_distill
 import readme_experiments
 import readme_families
 import readme_reference
+import readme_students
 import readme_survey
 from result_tables import ROOT, load, of_earlier, table
 
@@ -316,6 +317,7 @@ IN_RESULTS = (
     readme_survey.whole,
     readme_reference.stages,
     readme_experiments.experiments,
+    readme_students.students,
     readme_experiments.encoding,
     readme_distill.proof,
     readme_distill.scale,
@@ -344,6 +346,7 @@ def main() -> None:
         results: "\n".join([TITLE, *sections(IN_RESULTS)]),
         **readme_survey.charts(),
         **readme_experiments.charts(),
+        **readme_students.charts(),
         **readme_reference.charts(),
     }
     for file, text in wanted.items():

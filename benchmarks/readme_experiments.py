@@ -129,18 +129,18 @@ def _row(name: str, entry: Row) -> list[str]:
     cells = [f"{name}: {entry['about']}", f"{encoder_macs(entry) / 1e9:.2f}", f"{run['seconds'] / 60:.0f}",
              str(run["step"])]  # fmt: skip
     for prompt in (CLICK, BOX):
-        answers = [_figure(each, "agreement", prompt, None) for each in (before, after)]
+        answers = [figure(each, "agreement", prompt, None) for each in (before, after)]
         cells.append(_arrow(*(None if a is None else f"{a['miou']:.3f}" for a in answers)))
     return [*cells, *_truth(before, after)]
 
 
 def _truth(before: Row | None, after: Row) -> list[str]:
-    boxes = [_figure(each, "truth", BOX, SINGLE) for each in (before, after)]
+    boxes = [figure(each, "truth", BOX, SINGLE) for each in (before, after)]
     interval = boxes[1]["interval"] if boxes[1] else (0, 0)
     cells = [_arrow(*(f"{b['miou']:.3f}" if b else None for b in boxes)) + f" ({interval[0]:.3f}–{interval[1]:.3f})"]
     for size in ("small", "medium", "large"):
         cells.append(f"{boxes[1]['by_size'][size]['miou']:.3f}" if boxes[1] else NONE)
-    clicks = [_figure(each, "truth", CLICK, BY_PREDICTED) for each in (before, after)]
+    clicks = [figure(each, "truth", CLICK, BY_PREDICTED) for each in (before, after)]
     return [*cells, _arrow(*(f"{c['miou']:.3f}" if c else None for c in clicks))]
 
 
@@ -152,7 +152,7 @@ def _arrow(before: str | None, after: str | None) -> str:
     return f"{before} → {after}" if before else after or NONE
 
 
-def _figure(found: Row | None, kind: str, prompt: str, answer: str | None) -> Row | None:
+def figure(found: Row | None, kind: str, prompt: str, answer: str | None) -> Row | None:
     for each in (found or {}).get(kind, ()):
         if each["prompt"] == prompt and each["answer"] in ((answer,) if answer else (SAME_INDEX, SINGLE)):
             return each  # type: ignore[no-any-return]

@@ -86,11 +86,11 @@ def survey() -> dict[str, Any]:
 
 
 def _by_latency(result: Row) -> str | None:
-    place = _processor(next(iter(result["entries"].values())).get("speed"))
+    place = processor(next(iter(result["entries"].values())).get("speed"))
     marks = [
         Mark(f"{label} {row['precision']}", label, ms, found["miou"], tuple(found["interval"]))
         for label, entry in result["entries"].items()
-        if _processor(entry.get("speed")) == place
+        if processor(entry.get("speed")) == place
         for row in _fastest(entry)
         if (found := _figure(row, "quality", "truth", BOX, SINGLE)) and (ms := _latency(row)) is not None
     ]
@@ -129,8 +129,8 @@ def _how(result: Row) -> str:
     timed = [entry["speed"] for entry in entries if entry.get("speed")]
     for threads, runs in dict.fromkeys((how["threads"], how["runs"]) for how in timed):
         sentences.append(f"Medians of {runs} alternating runs, {threads} threads.")
-    for place in dict.fromkeys(_processor(how) for how in timed):
-        labels = [label for label, entry in result["entries"].items() if _processor(entry.get("speed")) == place]
+    for place in dict.fromkeys(processor(how) for how in timed):
+        labels = [label for label, entry in result["entries"].items() if processor(entry.get("speed")) == place]
         sentences.append(f"On {place}: {', '.join(labels)}.")
     reference = result["entries"].get("reference", {})
     if reference and reference["checkpoint_sha256"] != load_recipe("reference").checkpoint.sha256:
@@ -141,7 +141,7 @@ def _how(result: Row) -> str:
     return " ".join([*sentences, "Source: `benchmarks/results/survey/survey.json`, `survey.py`."])
 
 
-def _processor(speed: Row | None) -> str | None:
+def processor(speed: Row | None) -> str | None:
     """What a model was timed on, and what of it speeds up INT8 and bfloat16."""
     if not speed:
         return None

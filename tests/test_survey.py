@@ -222,3 +222,56 @@ def test_what_was_not_measured_is_a_dash(
     assert "With random weights, so without quality: mobile_sam." in title
     assert "![" not in "".join(readme.whole() + readme.short())
     assert readme.charts() == {}
+
+
+def test_students_are_joined_with_what_the_survey_measured_of_their_weights(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme, kept = script("readme_students"), {"macs_before": 3.9e9, "macs_after": 0.9e9}
+    monkeypatch.setattr(script("readme_survey"), "FOLDER", tmp_path)
+    monkeypatch.setattr(script("readme_experiments"), "FOLDER", tmp_path)
+    assert (readme.students(), readme.charts()) == ([], {})
+
+    def answers(miou: float) -> dict[str, Any]:
+        sizes = {size: {"miou": miou, "count": 1} for size in ("small", "medium", "large")}
+        box = {"prompt": "box", "answer": "single", "miou": miou, "interval": [miou - 0.01, miou + 0.01]}
+        click = {**box, "prompt": "click", "answer": "by predicted IoU", "miou": miou / 2}
+        agreed = [{**box, "miou": 0.9}, {**click, "answer": "same index", "miou": 0.8}]
+        return {"truth": [{**box, "by_size": sizes}, click], "agreement": agreed}
+
+    def experiment(weights: str, miou: float, **more: Any) -> dict[str, Any]:
+        return {"after": answers(miou), "run": {"checkpoint_sha256": weights, "seconds": 600, "step": 314}, **more}
+
+    experiments = {
+        "dear": experiment("a1", 0.5, encoder_macs=3e9),
+        "cheap": experiment("b2", 0.4, encoder_macs=2e9),
+        "quarter": experiment("c3", 0.3, pruned=kept),
+    }
+    result = {"experiments": experiments, "teacher": answers(0.6), "teacher_sha256": "d4"}
+    (tmp_path / "experiments.json").write_text(json.dumps(result), encoding="utf-8")
+
+    def ways(**ms: float) -> list[dict[str, Any]]:
+        graphs = {name: {"encoder": {"median_ms": t - 1}, "decoder": {"median_ms": 1.0}} for name, t in ms.items()}
+        return [{"precision": name, "backend": "onnxruntime", "latency": graph} for name, graph in graphs.items()]
+
+    speed = {"machine": "some CPU", "features": ["vnni"], "threads": 2}
+    entries = {
+        "dear": {"checkpoint_sha256": "a1", "parameters": 7e6, "speed": speed, "rows": ways(fp32=30.0, int8=20.0)},
+        "cheap": {"checkpoint_sha256": "of another training", "parameters": 1, "speed": speed, "rows": ways(int8=1.0)},
+    }
+    (tmp_path / "survey.json").write_text(json.dumps({"entries": entries}), encoding="utf-8")
+    title, _, _, _, *rows = readme.students()[:7]
+    assert "Students of 2 families" in title
+    assert "314 updates" in title
+    assert "2 threads, some CPU with vnni" in title
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert cells == [
+        ["the teacher", "3.90", "–", "–", "1", "1", "0.600 (0.590–0.610)", *["0.600"] * 3, "0.300", *"–––"],
+        ["cheap", "2.00", "–", "10", "0.900", "0.800", "0.400 (0.390–0.410)", *["0.400"] * 3, "0.200", *"–––"],
+        ["dear", "3.00", "7.00", "10", "0.900", "0.800", "0.500 (0.490–0.510)", *["0.500"] * 3, "0.250", "30.0",
+         "20.0", "1.50×"],
+    ]  # fmt: skip
+    (text,) = readme.charts().values()
+    names = {element.text for element in ElementTree.fromstring(text).iter() if element.tag.endswith("text")}
+    assert {"dear", "cheap"} <= names
+    assert "quarter" not in names
