@@ -6,6 +6,7 @@ Numpy only, but that COCO's encoding is read by pycocotools (the extra ``eval``)
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from edgesam_deploy.transforms import resized_hw
 MASK_THRESHOLD = 0.0
 # Of SAM 2's image predictor (sam2/build_sam.py, dynamic_multimask_stability_delta).
 STABILITY_DELTA = 0.05
+# Characters of a number in COCO's compressed RLE: pycocotools' runs have 32 bits, its differences one more.
+MAX_RLE_DIGITS = 7
+# Pixels. Of a polygon's coordinates, many times the side of any image.
+MAX_COORDINATE = 1e5
 
 
 def upscale_logits(
@@ -69,21 +74,83 @@ def tight_box(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """COCO polygons or RLE to a mask (H,W). pycocotools' own ``COCO`` class prints to stdout, which is for results."""
+    """COCO polygons or RLE to a mask (H,W): of height and width, or of the size that the RLE states.
+
+    pycocotools' own ``COCO`` class prints to stdout, which is for results. Raises ValueError for what it cannot read,
+    and for what it would read wrongly or crash on; KeyError and TypeError for what is neither polygons nor RLE.
+    """
     try:
         from pycocotools import mask as coco_mask
     except ImportError as error:
         raise MissingExtraError("pycocotools", "eval") from error
 
     if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, height, width)
+        _check_polygons(segmentation)
+    else:
+        _check_runs(segmentation["counts"], segmentation["size"])
     with warnings.catch_warnings():
         # Of numpy 2 about how pycocotools hands over its memory.
         warnings.simplefilter("ignore", DeprecationWarning)
-        decoded: npt.NDArray[np.bool_] = coco_mask.decode(segmentation) > 0
+        try:
+            if isinstance(segmentation, list):
+                segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+            elif isinstance(segmentation["counts"], list):
+                segmentation = coco_mask.frPyObjects(segmentation, height, width)
+            decoded: npt.NDArray[np.bool_] = coco_mask.decode(segmentation) > 0
+        except Exception as error:  # it raises a bare Exception, too
+            raise ValueError(f"pycocotools cannot read it: {error}") from error
     return decoded
+
+
+def rle_counts(compressed: str | bytes) -> npt.NDArray[np.int64]:
+    """(n,) pixels of the runs of COCO's compressed RLE, column by column, the first of background.
+
+    pycocotools' ``rleFrString``: a number has 5 bits in each character from "0" on, lowest first; bit 5 says that more
+    follow, bit 4 of the last one is the sign. From the fourth on it is the difference to the run two before.
+    Raises ValueError for characters that no number has, and a number that is cut or too large.
+    """
+    data = np.frombuffer(compressed.encode() if isinstance(compressed, str) else compressed, np.uint8)
+    digits = data.astype(np.int64) - ord("0")
+    ends = np.flatnonzero(digits & 32 == 0)
+    if not len(ends) or ends[-1] + 1 < len(digits) or digits.min() < 0 or digits.max() > 63:
+        raise ValueError("compressed RLE that is cut, or has characters other than '0' to 'o'")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends + 1 - starts
+    if lengths.max() > MAX_RLE_DIGITS:
+        raise ValueError(
+            f"compressed RLE with a number of {lengths.max()} characters, expected {MAX_RLE_DIGITS} at most"
+        )
+    shifts = 5 * (np.arange(len(digits)) - np.repeat(starts, lengths))
+    numbers: npt.NDArray[np.int64] = np.add.reduceat((digits & 31) << shifts, starts)
+    numbers -= np.where(digits[ends] & 16, 1 << 5 * lengths, 0)
+    for first in (1, 2):
+        numbers[first::2] = np.cumsum(numbers[first::2])
+    return numbers
+
+
+def _check_polygons(polygons: list[Any]) -> None:
+    """Of coordinates that are not finite or far away pycocotools makes so many pixels that the process crashes."""
+    if not polygons or len(polygons[0]) < 6:
+        raise ValueError("no polygon of at least 3 points")
+    for polygon in polygons:
+        points = np.asarray(polygon, np.float64)
+        if points.ndim != 1 or len(points) % 2:
+            raise ValueError("a polygon that is not x1, y1, x2, y2, … in one list")
+        if not (np.abs(points) <= MAX_COORDINATE).all():
+            raise ValueError(f"a polygon with coordinates that are not finite, or beyond {MAX_COORDINATE:.0f} pixels")
+
+
+def _check_runs(counts: list[int] | str | bytes, size: Sequence[int]) -> None:
+    """Pixels that the runs of a cut RLE leave out would have pycocotools' uninitialized memory, or be background."""
+    if len(size) != 2:
+        raise ValueError(f"expected height and width as the size of an RLE, got {size}")
+    runs = np.asarray(counts) if isinstance(counts, list) else rle_counts(counts)
+    pixels = size[0] * size[1]
+    if runs.dtype.kind != "i" or (runs < 0).any():
+        raise ValueError("RLE with runs that are not whole numbers from 0 on")
+    # The sum of larger ones could wrap around.
+    if (runs > pixels).any() or runs.sum() != pixels:
+        raise ValueError(f"RLE with runs of {sum(runs.tolist())} pixels for {pixels} of its size {size[1]}x{size[0]}")
 
 
 def _axis_matrix(low: int, square: int, cropped: int, original: int) -> npt.NDArray[np.float32]:

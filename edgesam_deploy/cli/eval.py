@@ -126,6 +126,8 @@ def _run(
     min_iou: float | None,
     as_json: bool,
 ) -> None:
+    from dataclasses import replace
+
     from edgesam_deploy.files import check_writable
     from edgesam_deploy.measure.datasets import open_dataset
     from edgesam_deploy.measure.evaluate import evaluate
@@ -147,9 +149,11 @@ def _run(
         None if teacher is None else teacher.open,
         lambda items: track("eval", items, count),
     ):
-        results.append(result)
         if result.dataset == opened[0].name:
             worst.add(result)
+        # Its masks are large, and only those of the worst are drawn.
+        results.append(replace(result, worst=None))
+    _check_targets(opened, results)
     by_group = {dataset.name: dataset.by_group for dataset in opened}
     qualities = summarize((r for result in results for r in result.records), by_group.__getitem__)
     answer = _answer(model, teacher, opened, taken, results, qualities)
@@ -210,6 +214,20 @@ def _check_extras(datasets: Sequence[Dataset]) -> None:
     for name, wanted in needed(datasets).items():
         if wanted and find_spec(name) is None:
             raise MissingExtraError(name, "eval")
+
+
+def _check_targets(datasets: Sequence[Dataset], results: Sequence[ImageResult]) -> None:
+    """Raise InputError for a dataset of which nothing was compared: a summary would leave it out unsaid."""
+    from edgesam_deploy.errors import InputError
+
+    found = {result.dataset for result in results if result.records}
+    for dataset in datasets:
+        if dataset.name not in found:
+            raise InputError(
+                f"{dataset.name} has no target left (images: {len(dataset.images)}): expected at least one true mask "
+                "to compare with; take more images (--limit), smaller targets (--min-share) or crowds (--crowds), or "
+                "leave this dataset out"
+            )
 
 
 def _answer(

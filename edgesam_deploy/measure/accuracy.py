@@ -8,6 +8,7 @@ compared at the original size, and two empty masks count 1.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,7 +195,9 @@ def load_answers(path: Path) -> Answers:
 
 
 def size_class(area: float) -> str:
-    """COCO's name for an area in pixels."""
+    """COCO's name for an area in pixels. Raises ValueError for one that is not finite."""
+    if not math.isfinite(area):
+        raise ValueError(f"expected an area of finitely many pixels, got {area}")
     return next(name for name, limit in SIZE_CLASSES.items() if area < limit)
 
 

@@ -138,7 +138,7 @@ def _annotated(path: Path, how: DatasetOptions, place: Callable[[Mapping[str, An
         for info in content["images"]:
             found = by_image.pop(info["id"], [])
             if found:
-                truth = CocoAnnotations(tuple(found), (info["height"], info["width"]), how.tight_boxes)
+                truth = CocoAnnotations(tuple(found), (info["height"], info["width"]), path, how.tight_boxes)
                 yield info.get("file_name", str(place(info))), str(info["id"]), _beside(path, how) / place(info), truth
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from edgesam_deploy.errors import OutputError
-from edgesam_deploy.files import write_bytes, write_json, writing_folder
+from edgesam_deploy.files import write_json, writing, writing_folder
 from edgesam_deploy.images import read_image
 from edgesam_deploy.masks import tight_box
 from edgesam_deploy.measure.evaluate import TRUTH, Case, ImageResult, MaskRecord
@@ -62,19 +61,19 @@ def write_files(
     shown = [{name: getattr(case.record, name) for name in ("image", "target", "iou")} for _, case in worst]
     with writing_folder(folder) as place:
         write_json(place / RESULT, {**result, WORST: shown})
-        write_bytes(place / MASKS, masks_csv(r for image in results for r in image.records).encode())
-        write_bytes(place / IMAGES, images_csv(results).encode())
+        write_masks(place / MASKS, (r for image in results for r in image.records))
+        write_images(place / IMAGES, results)
         if worst:
             write_picture(contact_sheet(worst), place / WORST)
 
 
-def masks_csv(records: Iterable[MaskRecord]) -> str:
-    """A line for each record; None is an empty cell."""
+def write_masks(path: Path, records: Iterable[MaskRecord]) -> None:
+    """A line for each record, written as it comes; None is an empty cell."""
     names = [field.name for field in fields(MaskRecord)]
-    return _csv(names, (asdict(record) for record in records))
+    _write_csv(path, names, (asdict(record) for record in records))
 
 
-def images_csv(results: Sequence[ImageResult]) -> str:
+def write_images(path: Path, results: Sequence[ImageResult]) -> None:
     """A line for each image: its targets, and the mean IoU of every answer to them."""
     rows: list[dict[str, Any]] = []
     answers: dict[str, None] = {}
@@ -88,7 +87,7 @@ def images_csv(results: Sequence[ImageResult]) -> str:
         row |= {name: float(np.mean(values)) for name, values in ious.items()}
         answers |= dict.fromkeys(ious)
         rows.append(row)
-    return _csv(["dataset", "image", "group", "width", "height", "targets", *answers], rows)
+    _write_csv(path, ["dataset", "image", "group", "width", "height", "targets", *answers], rows)
 
 
 def contact_sheet(worst: Sequence[tuple[Path, Case]]) -> Image.Image:
@@ -149,9 +148,9 @@ def _moved(prompts: Prompts, corner: tuple[int, int], scale: float) -> Prompts:
     )
 
 
-def _csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _write_csv(path: Path, names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Row by row: the text of millions of masks is not held in memory. Whole or not at all."""
+    with writing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

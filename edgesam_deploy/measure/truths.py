@@ -6,6 +6,7 @@ Each kind is small and can be sent to another process; it reads its file when it
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,10 +60,14 @@ class Truth(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CocoAnnotations:
-    """annotations: COCO's, of one image; hw: the size that the file states for it."""
+    """annotations: COCO's, of one image; hw: the size that the file states for it. file: where they are, for messages.
+
+    Area and box must be finite: JSON as Python reads it may hold NaN and Infinity.
+    """
 
     annotations: tuple[Mapping[str, Any], ...]
     hw: tuple[int, int]
+    file: Path
     tight_boxes: bool = False
 
     def read(self) -> Iterator[Found]:
@@ -73,10 +78,12 @@ class CocoAnnotations:
                 x, y, width, height = (float(v) for v in annotation["bbox"])
                 box = None if self.tight_boxes else (x, y, x + width, y + height)
                 area, name = float(annotation["area"]), str(annotation["id"])
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                if not all(map(math.isfinite, (x, y, width, height, area))):
+                    raise ValueError(f"not finite: bbox {annotation['bbox']}, area {area}")
+            except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
                 raise InputError(
                     f"{where} is not COCO's: expected id, segmentation (polygons or RLE), bbox and area, and found "
-                    f"{type(error).__name__}: {error}"
+                    f"{type(error).__name__}: {error}; correct it in {self.file}, or take it out"
                 ) from error
             yield Found(name, where, mask, box, area, annotation.get("source"))
 
@@ -94,11 +101,11 @@ class Sa1bFile:
         try:
             hw = (int(content["image"]["height"]), int(content["image"]["width"]))
             annotations = tuple(a for a in content["annotations"] if self.crowds or not a.get("iscrowd"))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InputError(
-                f"{self.file} is not SA-1B's: expected 'image' and 'annotations', lacks {error}"
+                f"{self.file} is not SA-1B's: expected 'image' and 'annotations', lacks or garbles {error}"
             ) from error
-        yield from CocoAnnotations(annotations, hw, self.tight_boxes).read()
+        yield from CocoAnnotations(annotations, hw, self.file, self.tight_boxes).read()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,6 +187,61 @@ def test_refusals(coco: str, tmp_path: Path, words: str, code: int, said: str) -
     assert said in result.stderr
     assert "Traceback" not in result.output
     assert [p.name for p in full.iterdir()] == ["thesis.tex"]
+
+
+def without_annotations(folder: Path) -> str:
+    for file in made.sa1b(folder).glob("*.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    return f"sa1b:{folder}"
+
+
+def only_empty_masks(folder: Path) -> str:
+    for file in made.masks(folder).glob("*.png"):
+        made.grey(np.zeros(made.HW, np.uint8), file)
+    return f"masks:{folder}"
+
+
+def no_instance_in_the_first(folder: Path) -> str:
+    made.cityscapes(folder)
+    for file in folder.rglob("bonn_000000_000019*"):
+        other = file.with_name(file.name.replace("000019", "000001"))
+        other.write_bytes(file.read_bytes())
+    made.grey(np.full(made.HW, 7, np.uint16), next(folder.rglob("*_000001_gtFine_instanceIds.png")))
+    return f"cityscapes:{folder}"
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("made_empty", [without_annotations, only_empty_masks, no_instance_in_the_first])
+def test_a_dataset_with_no_target_left_is_refused(
+    coco: str, tmp_path: Path, made_empty: Callable[[Path], str], second: bool
+) -> None:
+    """Not left out of the table, whichever it is, and nothing is written."""
+    empty = made_empty(tmp_path / "empty")
+    names = [coco, empty] if second else [empty, coco]
+    words = ["--prompts", "box", "--skip-empty", "--limit", "1", "-o", tmp_path / "out"]
+    result = run(*(word for name in names for word in ("--dataset", name)), *words)
+    assert result.exit_code == 2, result.output
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith(f"error: {empty.partition(':')[0]}:")
+    assert "empty has no target left (images: 1): expected at least one true mask to compare with; take more" in said
+    assert result.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_are_kept_of_none_but_the_worst(coco: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgesam_deploy.measure import quality_files
+
+    write_files, seen = quality_files.write_files, []
+
+    def watched(*arguments: Any) -> None:
+        seen.append(arguments)
+        write_files(*arguments)
+
+    monkeypatch.setattr(quality_files, "write_files", watched)
+    assert run("--dataset", coco, "--prompts", "box", "-o", tmp_path / "out").exit_code == 0
+    ((_, _, results, worst),) = seen
+    assert [(result.image, result.worst) for result in results] == [("images/1.jpg", None), ("images/2.jpg", None)]
+    assert sorted(case.record.image for _, case in worst) == ["images/1.jpg", "images/2.jpg"]
 
 
 @pytest.mark.parametrize("package", ["scipy", "pycocotools"])

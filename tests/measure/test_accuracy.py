@@ -26,6 +26,12 @@ def test_size_classes_are_cocos(area: float, name: str) -> None:
     assert size_class(area) == name
 
 
+@pytest.mark.parametrize("area", [float("nan"), float("inf"), float("-inf")])
+def test_an_area_that_is_not_finite_has_no_size_class(area: float) -> None:
+    with pytest.raises(ValueError, match="expected an area of finitely many pixels, got"):
+        size_class(area)
+
+
 def test_summary_is_numpys() -> None:
     values = np.array([0.2, 1.0, 0.8, 0.6])
     summary = summarize(values)

@@ -158,6 +158,11 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(content))
 
 
+def cut_rle(annotation: dict) -> None:
+    """Within the last number, so that the others are whole."""
+    annotation["segmentation"]["counts"] = annotation["segmentation"]["counts"][:-3]
+
+
 # layout -> a change to the dataset in a folder, what the one line must say
 BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing image": (
@@ -200,6 +205,44 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "coco",
         lambda f: edit(f / "instances.json", lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 9])),
         r"annotation 11 of image .* has a box with no area",
+    ),
+    "cut rle": (
+        "coco",
+        lambda f: edit(f / "instances.json", lambda c: cut_rle(c["annotations"][0])),
+        r"annotation 11 is not COCO's: .*ValueError: RLE with runs of \d+ pixels for 5400 of its size 90x60; "
+        r"correct it in .*instances.json, or take it out",
+    ),
+    "runs of few pixels": (
+        "sa1b",
+        lambda f: edit(
+            f / "sa_9.json", lambda c: c["annotations"][1].update(segmentation={"size": [*HW], "counts": [0, 3]})
+        ),
+        r"annotation 901 is not COCO's: .*RLE with runs of 3 pixels for 5400 .*sa_9.json",
+    ),
+    "a point for a polygon": (
+        "coco",
+        lambda f: edit(f / "instances.json", lambda c: c["annotations"][0].update(segmentation=[[1, 2]])),
+        r"annotation 11 is not COCO's: .*no polygon of at least 3 points; correct it in .*instances.json",
+    ),
+    "area not finite": (
+        "lvis",
+        lambda f: edit(f / "lvis.json", lambda c: c["annotations"][0].update(area=float("nan"))),
+        r"annotation 11 is not COCO's: .*not finite: bbox \[9.5, .*\], area nan; correct it in .*lvis.json",
+    ),
+    "box not finite": (
+        "sa1b",
+        lambda f: edit(f / "sa_9.json", lambda c: c["annotations"][0].update(bbox=[0, 0, float("inf"), 9])),
+        r"annotation 900 is not COCO's: .*not finite: bbox \[0, 0, inf, 9\], area 1280.5; correct it in .*sa_9.json",
+    ),
+    "box past all numbers": (
+        "coco",
+        lambda f: edit(f / "instances.json", lambda c: c["annotations"][0].update(bbox=[0, 0, 10**400, 9])),
+        r"annotation 11 is not COCO's: .*OverflowError: .*instances.json",
+    ),
+    "size not a number": (
+        "sa1b",
+        lambda f: edit(f / "sa_9.json", lambda c: c["image"].update(height=float("nan"))),
+        r"sa_9.json is not SA-1B's: .*lacks or garbles cannot convert float NaN",
     ),
     "rle of another size": (
         "coco",
