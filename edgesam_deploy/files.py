@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from edgesam_deploy.errors import OutputError
 CHUNK_BYTES = 1 << 20
 # Everything unfinished starts with this, so that a later run knows what a killed one left behind.
 TEMPORARY_PREFIX = ".unfinished-"
+LOCK = ".lock"
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -125,6 +126,29 @@ def writing_folder(path: Path) -> Iterator[Path]:
 def clean_unfinished(folder: Path) -> None:
     """Remove what a killed run left in ``folder``. Only for folders that one build at a time writes to."""
     _remove(folder.glob(f"{TEMPORARY_PREFIX}*"))
+
+
+@contextmanager
+def locked(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back when the process ends, however it does.
+
+    busy: called where another process holds it; then waits. It may raise instead. Raises OutputError where no file can
+    be made there.
+    """
+    import fcntl  # not everywhere; nothing else here needs it
+
+    path = folder / LOCK
+    with output_errors(path):
+        _make_room(path)
+        file = path.open("a")
+    with file:
+        # Not flock, whose lock a forked loader process would go on holding after its parent was killed.
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            busy()
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def _exchange(new: Path, path: Path, prefix: str) -> None:

@@ -168,13 +168,14 @@ def _print(result: DistillResult, student: str, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    found = result.agreement
-    print_table(
-        f"{student} against its teacher on {found.images} held-out images, update {result.step} of {result.total}",
-        ("mask IoU, clicks", "mask IoU, boxes", "cosine", "mean difference"),
-        [(f"{found.click_iou:.4f}", f"{found.box_iou:.4f}", f"{found.cosine:.4f}", f"{found.l1:.4f}")],
-    )
+    if (found := result.agreement) is not None:
+        print_table(
+            f"{student} against its teacher on {found.images} held-out images, update {result.step} of {result.total}",
+            ("mask IoU, clicks", "mask IoU, boxes", "cosine", "mean difference"),
+            [(f"{found.click_iou:.4f}", f"{found.box_iou:.4f}", f"{found.cosine:.4f}", f"{found.l1:.4f}")],
+        )
     if not result.finished:
         click.echo("stopped at the time limit: the same command goes on")
-    click.echo(f"checkpoint: {result.checkpoint} (sha256 {result.sha256[:12]}…)")
-    click.echo(f"build it: sam-export build {student} --checkpoint {result.checkpoint}")
+    if result.checkpoint is not None:
+        click.echo(f"checkpoint: {result.checkpoint} (sha256 {str(result.sha256)[:12]}…)")
+        click.echo(f"build it: sam-export build {student} --checkpoint {result.checkpoint}")

@@ -3,6 +3,7 @@
     cache.json                what it is of: teacher, images, shapes
     shard-000000.npy          (n,C,E,E) float16, the embeddings of images n*k to n*k+n-1
     shard-000000.json         its sha256, written after it: a shard without one is not finished
+    .lock                     held by the run that fills it
 
 Shards stand alone: a pass that was stopped goes on with the first one missing, several processes share the work by
 taking every n-th, and one that is damaged is found by its hash, named and made again. A megabyte for every two
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import numpy.typing as npt
 from edgesam_deploy.distill.corpus import Corpus
 from edgesam_deploy.distill.teacher import Teacher, encoder_input
 from edgesam_deploy.errors import CheckpointError, InputError
-from edgesam_deploy.files import clean_unfinished, sha256_file, write_json, writing
+from edgesam_deploy.files import clean_unfinished, locked, sha256_bytes, sha256_file, write_json, writing
 
 KEY, SCHEMA = "cache.json", 1
 FLOAT16_MAX = 65504.0
@@ -31,10 +33,12 @@ FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """What embeddings depend on. shape: (C,E,E). images, digest: of the corpus."""
+    """What embeddings depend on. shape: (C,E,E). images, digest: of the corpus. teacher_input_sha256: of how its images
+    are prepared."""
 
     teacher: str
     teacher_sha256: str
+    teacher_input_sha256: str
     image_size: int
     shape: tuple[int, int, int]
     images: int
@@ -52,10 +56,16 @@ class TeacherCache:
         geometry = teacher.geometry
         shape = (geometry.embedding_channels, geometry.embedding_size, geometry.embedding_size)
         self.key = CacheKey(
-            teacher.name, teacher.digest, geometry.image_size, shape, len(corpus), corpus.digest(), shard_size
+            teacher=teacher.name,
+            teacher_sha256=teacher.digest,
+            teacher_input_sha256=input_digest(teacher),
+            image_size=geometry.image_size,
+            shape=shape,
+            images=len(corpus),
+            images_sha256=corpus.digest(),
+            shard_size=shard_size,
         )
         self._checked: set[int] = set()
-        self._open: dict[int, npt.NDArray[np.float16]] = {}
         self._check_key()
 
     @property
@@ -74,8 +84,10 @@ class TeacherCache:
         world: int = 1,
         say: Callable[[str], None] = lambda message: None,
         progress: Callable[[Iterator[int], int], Iterator[int]] = lambda items, total: items,
-    ) -> int:
-        """Check every ``world``-th shard, from ``rank`` on, and make those that are missing or damaged; how many.
+        stop: Callable[[], bool] = lambda: False,
+    ) -> tuple[int, int]:
+        """Check every ``world``-th shard, from ``rank`` on, and make those that are missing or damaged: (how many were
+        made, how many are left because ``stop``, asked after each, said so).
 
         say: told each shard that is damaged. Raises ImageError for an image that cannot be read, CheckpointError for a
         teacher whose embeddings are not finite in FP16.
@@ -91,26 +103,43 @@ class TeacherCache:
             todo.append(shard)
         images = [i for shard in todo for i in self._range(shard)]
         counter = iter(progress(iter(images), len(images)))
-        for shard in todo:
+        for made, shard in enumerate(todo, start=1):
             self._make(shard, batch, counter)
             self._checked.add(shard)
-        return len(todo)
+            if stop():
+                return made, len(todo) - made
+        return len(todo), 0
+
+    def trust(self) -> None:
+        """Every shard has been checked, by this process or another one."""
+        self._checked = set(range(self.shards))
 
     def __getitem__(self, index: int) -> npt.NDArray[np.float16]:
-        """(C,E,E) of one image, a view of the mapped shard. Raises CheckpointError for a shard that is not whole."""
+        """(C,E,E) of one image. Raises CheckpointError for a shard that is not whole."""
         shard, row = divmod(index, self.key.shard_size)
-        if shard not in self._open:
-            if shard not in self._checked and (problem := self._problem(shard)) is not None:
+        path = self._path(shard)
+        if shard not in self._checked:
+            if (problem := self._problem(shard)) is not None:
                 raise CheckpointError(
-                    f"{self._path(shard)} {problem or 'is missing'}: run the same command again, which computes it"
+                    f"{path} {problem or 'is missing'}: run the same command again, which computes it"
                 )
-            self._open[shard] = np.load(self._path(shard), mmap_mode="r", allow_pickle=False)
-        found: npt.NDArray[np.float16] = self._open[shard][row]
-        return found
+            self._checked.add(shard)
+        # No mapping stays: what was read of it would count as this process's memory, and a process may have 65,530.
+        try:
+            return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[row])
+        except (OSError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{path} is not what was written ({error}): run the same command again") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """For loader processes: they map the shards themselves, and have no use for the teacher."""
-        return {**self.__dict__, "_open": {}, "_teacher": None}
+        """For loader processes, which have no use for the teacher."""
+        return {**self.__dict__, "_teacher": None}
+
+    @contextmanager
+    def alone(self, say: Callable[[str], None]) -> Iterator[None]:
+        """One run at a time fills a cache; others wait here. say: told that it does."""
+        with locked(self.folder, lambda: say(f"another run computes embeddings in {self.folder}: waiting for it")):
+            clean_unfinished(self.folder)
+            yield
 
     def _check_key(self) -> None:
         path = self.folder / KEY
@@ -188,6 +217,7 @@ class TeacherCache:
             )
 
 
-def clean(folder: Path) -> None:
-    """Remove what a killed pass left behind. Not while another process fills the cache."""
-    clean_unfinished(folder)
+def input_digest(teacher: Teacher) -> str:
+    """Hex sha256 of what happens to an image before the teacher's weights see it."""
+    parts = {"geometry": asdict(teacher.geometry), "pixels": asdict(teacher.pixels)}
+    return sha256_bytes(json.dumps(parts, sort_keys=True).encode())

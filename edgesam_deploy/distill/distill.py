@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from edgesam_deploy.distill.agreement import Agreement, Judge
-from edgesam_deploy.distill.cache import TeacherCache
+from edgesam_deploy.distill.cache import TeacherCache, input_digest
 from edgesam_deploy.distill.corpus import Corpus
 from edgesam_deploy.distill.distributed import World
 from edgesam_deploy.distill.first_weights import FirstWeights
@@ -26,9 +29,8 @@ from edgesam_deploy.distill.options import DistillOptions
 from edgesam_deploy.distill.records import Listener, Outcome, Records, carry_out, done_before
 from edgesam_deploy.distill.samples import Frame, Pairs, split, updates
 from edgesam_deploy.distill.teacher import Teacher, check_pair
-from edgesam_deploy.distill.training import Batch, Prepare, Run, Work
+from edgesam_deploy.distill.training import Batch, Pause, Prepare, Run, Work
 from edgesam_deploy.errors import InputError
-from edgesam_deploy.files import clean_unfinished
 from edgesam_deploy.recipe import Recipe
 
 # What a validation is called in a run's record.
@@ -64,16 +66,17 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class DistillResult:
-    """finished: False where the time limit came first. checkpoint: the student's, from an unfinished run too."""
+    """finished: False where the time limit came first. checkpoint: the student's, from an unfinished run too; it, its
+    agreement and its sha256 are None where the limit came in the teacher's pass."""
 
     finished: bool
     step: int
     total: int
     images: int
     seconds: float
-    agreement: Agreement
-    checkpoint: Path
-    sha256: str
+    agreement: Agreement | None
+    checkpoint: Path | None
+    sha256: str | None
 
 
 def distill(job: Job, world: World, listener: Listener) -> DistillResult:
@@ -91,23 +94,42 @@ def distill(job: Job, world: World, listener: Listener) -> DistillResult:
     if done is not None:
         listener.say(f"{job.records.output} holds this run, finished")
         return _result(done, len(images))
-    job.records.make_folder(world)
-    cache = _fill(job, job.cache, world, listener) if job.cache is not None else None
+    with job.records.claimed(world):
+        return _carry_out(job, world, listener, Share(images, held, total, identity), started)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """images, held: numbers of those that are learnt from and of the others. total: updates."""
+
+    images: npt.NDArray[np.int64]
+    held: npt.NDArray[np.int64]
+    total: int
+    identity: str
+
+
+def _carry_out(job: Job, world: World, listener: Listener, share: Share, started: float) -> DistillResult:
+    pause = job.records.pause
+    cache = None
+    if job.cache is not None:
+        cache, left = _fill(job, job.cache, world, listener, pause.after(time.monotonic() - started))
+        if world.any(left > 0):
+            return DistillResult(False, 0, share.total, len(share.images), time.monotonic() - started, None, None, None)
     student = _student(job)
     objective = TeacherObjective(student, job.student, job.model, job.recipe, job.options)
     # Not every candidate of the decoder is asked for in every update: such parameters get no gradient.
-    run = Run(student, _learners(student, job.options), objective, job.options, total, world, identity,
+    run = Run(student, _learners(student, job.options), objective, job.options, share.total, world, share.identity,
               sparing=job.options.decoder_learns)  # fmt: skip
     frames = [Frame(recipe.geometry, recipe.pixels) for recipe in (job.student, job.teacher)]
     pairs = Pairs(job.corpus, frames[0], frames[1], job.options, cache)
-    work = Work(pairs, images, _prepare(job.teacher, cache is not None, world.device))
+    work = Work(pairs, share.images, _prepare(job.teacher, cache is not None, world.device))
 
     def judge() -> Callable[[nn.Module, Path], Agreement]:
-        ask = Judge(job.corpus, held.tolist(), job.teacher, job.model, job.recipe, world.device)
+        ask = Judge(job.corpus, share.held.tolist(), job.teacher, job.model, job.recipe, world.device)
         return lambda model, picture: ask(model, job.student, picture)
 
-    pause = job.records.pause.after(time.monotonic() - started)
-    return _result(carry_out(run, work, job.records, listener, judge, KIND, pause), len(images))
+    pause = pause.after(time.monotonic() - started)
+    return _result(carry_out(run, work, job.records, listener, judge, KIND, pause), len(share.images))
 
 
 def _result(out: Outcome, images: int) -> DistillResult:
@@ -130,19 +152,29 @@ def _prepare(teacher: Teacher, cached: bool, device: torch.device) -> Prepare:
     return prepare
 
 
-def _fill(job: Job, folder: Path, world: World, listener: Listener) -> TeacherCache:
+def _fill(job: Job, folder: Path, world: World, listener: Listener, pause: Pause) -> tuple[TeacherCache, int]:
+    """The cache, and how many of this process's shards the time limit left out."""
+    started = time.monotonic()
     if not world.first:
         world.wait()  # the first writes what the cache is of
     cache = TeacherCache(folder, job.teacher, job.corpus, job.shard_size)
-    if world.first:
-        clean_unfinished(folder)
+    with cache.alone(listener.say) if world.first else nullcontext():
+        if world.first:
+            world.wait()
+
+        def over() -> bool:
+            return pause.limit is not None and time.monotonic() - started >= pause.limit
+
+        made, left = cache.fill(job.teacher_batch, world.rank, world.size, listener.say, listener.cached, over)
         world.wait()
-    made = cache.fill(job.teacher_batch, world.rank, world.size, listener.say, listener.cached)
-    world.wait()
+    if left:
+        listener.say(f"stopped at the time limit in the teacher's pass, {made} shards further, {left} to go")
+        return cache, left
+    cache.trust()
     if world.first:
         whole = cache.bytes / 1e6
         listener.say(f"teacher embeddings in {folder}: {cache.shards} shards, {whole:.0f} MB, {made} of them new")
-    return cache
+    return cache, left
 
 
 def _student(job: Job) -> nn.Module:
@@ -166,6 +198,7 @@ def _identity(job: Job, world: World, total: int) -> str:
         "student_recipe_sha256": job.student.digest,
         "teacher": job.teacher.name,
         "teacher_sha256": job.teacher.digest,
+        "teacher_input_sha256": input_digest(job.teacher),
         "images": len(job.corpus),
         "images_sha256": job.corpus.digest(),
         **job.first.hashes(),

@@ -112,14 +112,14 @@ def finetune(job: FinetuneJob, world: World, listener: Listener) -> FinetuneResu
     if job.options.axes:
         encode_axes(cast(Sam, model), job.options.axes)
     _check_size(objective, job)
-    job.records.make_folder(world)
-    # Of a prompt's parts only those that are asked for get a gradient.
-    run = Run(model, _learners(cast(Sam, model), job.options.learn), objective, job.options, total, world, identity,
-              sparing=True)  # fmt: skip
-    work = Work(Views(job.images, images, job.options, job.settings()), images, _prepare(world.device))
-    out = carry_out(
-        run, work, job.records, listener, lambda: TruthJudge(job, held, world.device), KIND, job.records.pause
-    )
+    with job.records.claimed(world):
+        # Of a prompt's parts only those that are asked for get a gradient.
+        run = Run(model, _learners(cast(Sam, model), job.options.learn), objective, job.options, total, world, identity,
+                  sparing=True)  # fmt: skip
+        work = Work(Views(job.images, images, job.options, job.settings()), images, _prepare(world.device))
+        out = carry_out(
+            run, work, job.records, listener, lambda: TruthJudge(job, held, world.device), KIND, job.records.pause
+        )
     return _result(out, len(images))
 
 

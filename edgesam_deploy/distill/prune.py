@@ -105,7 +105,16 @@ def prune(source: Path, checkpoint: Path, output: Path, options: PruneOptions) -
     """
     recipe = load_recipe(source)
     check_prunable(recipe)
+    name = f"{recipe.name}_pruned{round(100 * options.ratio)}"
+    files = output / f"{name}.toml", output / f"{name}.pt"
+    origin = (
+        f"Pruned by sam-export prune --ratio {options.ratio:g} --importance {options.importance} "
+        f"--round-to {options.round_to} --seed {options.seed}\n"
+        f"from {recipe.name} (recipe {recipe.digest}, checkpoint {sha256_file(checkpoint)}),\n"
+        f"torch-pruning {version('torch-pruning')}, torch {torch.__version__}."
+    )
     model = load_model(recipe, checkpoint)
+    _refuse_other(files[0], origin)
     encoder = cast(TimmFpnEncoder, model.image_encoder)
     size = recipe.geometry.image_size
     tally = layer_macs(encoder, size)
@@ -116,20 +125,12 @@ def prune(source: Path, checkpoint: Path, output: Path, options: PruneOptions) -
     pruned = _following(recipe, lambda: cut(encoder, cuts))
     model.image_encoder = pruned
     after = sum(layer_macs(pruned, size).values())
-    percent = round(100 * options.ratio)
-    raw = describe(read_toml(source), recipe, pruned, f"{percent} % of its encoder's multiply-adds pruned away")
-    raw["name"] = f"{recipe.name}_pruned{percent}"
-    files = output / f"{raw['name']}.toml", output / f"{raw['name']}.pt"
-    origin = (
-        f"Pruned by sam-export prune --ratio {options.ratio:g} --importance {options.importance} "
-        f"--round-to {options.round_to} --seed {options.seed}\n"
-        f"from {recipe.name} (recipe {recipe.digest}, checkpoint {sha256_file(checkpoint)}),\n"
-        f"torch-pruning {version('torch-pruning')}, torch {torch.__version__}."
-    )
+    gone = f"{round(100 * options.ratio)} % of its encoder's multiply-adds pruned away"
+    raw = {**describe(read_toml(source), recipe, pruned, gone), "name": name}
     digest = _write(files, raw, origin, model)
     now = widths(pruned)
     return PruneResult(
-        name=raw["name"],
+        name=name,
         recipe=files[0],
         checkpoint=files[1],
         sha256=digest,
@@ -250,7 +251,7 @@ def _write(files: tuple[Path, Path], raw: dict[str, Any], origin: str, model: nn
     buffer = io.BytesIO()  # a file's own name would become part of what is saved, and so of its hash
     torch.save({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, buffer)
     data = buffer.getvalue()
-    text = "".join(f"# {line}\n" for line in origin.splitlines()) + "\n" + "\n".join(toml_lines(raw)).strip() + "\n"
+    text = _comment(origin) + "\n" + "\n".join(toml_lines(raw)).strip() + "\n"
     with writing(files[0]) as recipe_file, writing(files[1]) as weights_file:
         recipe_file.write_text(text, encoding="utf-8")
         weights_file.write_bytes(data)
@@ -263,6 +264,25 @@ def _write(files: tuple[Path, Path], raw: dict[str, Any], origin: str, model: nn
         if not same:
             raise RecipeError(f"{raw['name']}: the network built from its widths is not the one that was pruned")
     return sha256_bytes(data)
+
+
+def _refuse_other(path: Path, origin: str) -> None:
+    """Raises InputError where the recipe there is of another origin: a student may be learning from it."""
+    try:
+        found = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        found = ""
+    if not found.startswith(_comment(origin)):
+        raise InputError(
+            f"{path} is not of this pruning, whose options, weights and versions its first lines would tell: give "
+            "another -o, or delete it"
+        )
+
+
+def _comment(text: str) -> str:
+    return "".join(f"# {line}\n" for line in text.splitlines())
 
 
 def _following(recipe: Recipe, work: Callable[[], Any]) -> Any:

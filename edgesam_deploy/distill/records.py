@@ -6,6 +6,7 @@ log.csv       every few updates: loss, metric, learning rate, images per second
 checks.csv    every validation, on held-out images
 samples/      masks of the first held-out images at every validation, the wanted ones above the student's
 state.pt      all that the next update depends on; gone when the run is at its end
+.lock         held by the run that is at work
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +27,8 @@ from torch import nn
 from edgesam_deploy.distill.distributed import World
 from edgesam_deploy.distill.half import half_precision
 from edgesam_deploy.distill.training import Pause, Run, StepResult, Work, train
-from edgesam_deploy.errors import OutputError
-from edgesam_deploy.files import clean_unfinished, sha256_file, write_bytes, write_json
+from edgesam_deploy.errors import InputError, OutputError
+from edgesam_deploy.files import clean_unfinished, locked, sha256_file, write_bytes, write_json
 from edgesam_deploy.measure.latency import machine
 
 STUDENT, STATE, RECORD, LOG, CHECKS, SAMPLES = "student.pt", "state.pt", "run.json", "log.csv", "checks.csv", "samples"
@@ -48,25 +50,44 @@ class Records:
     def state(self) -> Path:
         return self.output / STATE
 
-    def make_folder(self, world: World) -> None:
-        """The folder, without what a killed run left unfinished in it. Raises OutputError."""
-        if world.first:
-            try:
-                (self.output / SAMPLES).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OutputError(f"cannot make the folder {self.output}: {error.strerror or error}") from error
-            clean_unfinished(self.output)
-        world.wait()
+    @contextmanager
+    def claimed(self, world: World) -> Iterator[None]:
+        """The folder, made, without what a killed run left unfinished in it, for this run alone.
+
+        Raises OutputError, InputError where another run is at work there.
+        """
+        with ExitStack() as stack:
+            if world.first:
+                try:
+                    (self.output / SAMPLES).mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise OutputError(f"cannot make the folder {self.output}: {error.strerror or error}") from error
+                stack.enter_context(locked(self.output, self._refuse))
+                clean_unfinished(self.output)
+            world.wait()
+            yield
+
+    def _refuse(self) -> None:
+        raise InputError(f"another run is at work in {self.output}: wait for it, or give another -o")
 
     def finished(self, identity: str) -> dict[str, Any] | None:
-        """The record of this very run, if it came to its end and the checkpoint is still the one it wrote."""
+        """The record of this very run, if it came to its end and the checkpoint is still the one it wrote.
+
+        Raises InputError where another run did, which this one would write over.
+        """
         try:
             found: dict[str, Any] = json.loads((self.output / RECORD).read_text(encoding="utf-8"))
-            same = found["finished"] and found["half"] == self.half
-            same = same and all(found[name] == value for name, value in json.loads(identity).items())
-            return found if same and sha256_file(self.output / STUDENT) == found["checkpoint_sha256"] else None
+            whole = found["finished"] and sha256_file(self.output / STUDENT) == found["checkpoint_sha256"]
+            other = [name for name, value in json.loads(identity).items() if found.get(name) != value]
+            half = found["half"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        if whole and other:
+            raise InputError(
+                f"{self.output} holds a finished run with other options, images, teacher or student (its "
+                f"{' and '.join(other)}): give another -o, or delete it"
+            )
+        return found if whole and half == self.half else None
 
 
 class Listener(Protocol):

@@ -57,7 +57,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         first = torch.from_numpy(encoder_input(shown, self.student.geometry, self.student.pixels))
         draw = torch.tensor([*image.shape[:2], int(rng.integers(2**62))])
         if self.cache is not None:
-            return first, torch.from_numpy(np.array(self.cache[index])), draw
+            return first, torch.from_numpy(self.cache[index]), draw
         return first, torch.from_numpy(encoder_input(image, self.teacher.geometry, self.teacher.pixels)), draw
 
 

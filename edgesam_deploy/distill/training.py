@@ -10,8 +10,8 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, current_thread, main_thread
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from edgesam_deploy.distill.distributed import World
 from edgesam_deploy.distill.options import TrainOptions
@@ -124,6 +125,8 @@ class Run:
             raise CheckpointError(f"the loss is {loss_value} at step {self.step}: start again with a lower --lr")
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.options.clip)
+        if not (self.scaler.is_enabled() or math.isfinite(norm)):  # a scaler leaves such an update out, and scales less
+            raise CheckpointError(f"the gradient is {norm:g} at step {self.step}: start again with a lower --lr")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         result = StepResult(self.step, loss_value, metric_value, self.rate(), float(norm))
@@ -235,8 +238,8 @@ def train(
         worker_init_fn=_let_the_first_decide,
         generator=torch.Generator(),  # not the global one, whose state a resumed run has taken over
     )  # fmt: skip
-    with _asked_to_stop() as asked:
-        for batches in _grouped(_loaded(loader), run.options.accumulate):
+    with _asked_to_stop() as asked, closing(_loaded(loader)) as loaded:
+        for batches in _grouped(loaded, run.options.accumulate):
             result = run.update(batches, work.prepare)
             now = time.monotonic()
             run.seconds = spent + now - started
@@ -289,13 +292,21 @@ def keep_lab_scales(model: nn.Module) -> None:
             parameter.clamp_(min=MIN_LAB_SCALE)
 
 
-def _loaded(loader: Iterable[Any]) -> Iterator[Any]:
-    """What loads. A loader process's error comes with its traceback in its message: the line that it began as."""
+def _loaded(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    """What loads. A loader process's error comes with its traceback in its message: the line that it began as.
+
+    Close it: loader processes ignore SIGTERM, with which Python ends those that are left when it ends itself, and one
+    whose iterator an error's traceback still holds would be waited for in vain.
+    """
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except (InputError, ImageError, CheckpointError) as error:
         last = str(error).strip().splitlines()[-1]
         raise type(error)(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
+    finally:
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
+            batches._shutdown_workers()
 
 
 def _grouped(items: Iterator[Any], count: int) -> Iterator[list[Any]]:

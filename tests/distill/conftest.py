@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,3 +33,30 @@ def student_recipe(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) 
     assert changed.count("small") == 2 + text.count("small")
     path.write_text(changed, encoding="utf-8")
     return path
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from edgesam_deploy.files import locked
+with locked(Path(sys.argv[1]), sys.exit):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holding() -> Callable[[Path], AbstractContextManager[None]]:
+    """(folder) -> while within, another process holds its lock."""
+
+    @contextmanager
+    def hold(folder: Path) -> Iterator[None]:
+        command = [sys.executable, "-c", HOLD, str(folder)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield
+            process.stdin.close()
+
+    return hold

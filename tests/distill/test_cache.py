@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from queue import Queue
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,7 +51,7 @@ def teacher(tiny_recipe: Path, checkpoint: Path) -> Counting:
 def test_embeddings_are_the_predictors(photographs: Path, teacher: Counting, tmp_path: Path) -> None:
     corpus = Corpus([photographs])
     cache = TeacherCache(tmp_path / "cache", teacher, corpus, SHARD)
-    assert (cache.shards, cache.fill(batch=2), teacher.asked) == (3, 3, len(corpus))
+    assert (cache.shards, cache.fill(batch=2), teacher.asked) == (3, (3, 0), len(corpus))
     predictor = reference_predictor(teacher.model, teacher.recipe)
     for i in range(len(corpus)):
         predictor.set_image(read_image(photographs / corpus.name(i)))
@@ -63,14 +68,14 @@ def test_a_stopped_pass_goes_on_and_two_processes_share_it(
 ) -> None:
     corpus = Corpus([photographs])
     first = TeacherCache(tmp_path, teacher, corpus, SHARD)
-    assert first.fill(2, rank=1, world=2) == 1
+    assert first.fill(2, rank=1, world=2) == (1, 0)
     assert teacher.asked == SHARD
-    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2) == 2
+    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2) == (2, 0)
     assert teacher.asked == len(corpus)
     # A shard without its hash was not finished.
     (tmp_path / "shard-000002.json").unlink()
-    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2) == 1
-    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2) == 0
+    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2) == (1, 0)
+    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2) == (0, 0)
 
 
 def test_a_damaged_shard_is_found_named_and_made_again(photographs: Path, teacher: Counting, tmp_path: Path) -> None:
@@ -83,18 +88,18 @@ def test_a_damaged_shard_is_found_named_and_made_again(photographs: Path, teache
     with pytest.raises(CheckpointError, match=r"shard-000001\.npy is damaged \(sha256 .*run the same command again"):
         cache[SHARD]
     said: list[str] = []
-    assert cache.fill(2, say=said.append) == 1
+    assert cache.fill(2, say=said.append) == (1, 0)
     assert len(said) == 1
     assert "shard-000001.npy is damaged" in said[0]
     assert "computing it again" in said[0]
     assert path.read_bytes() == whole
     path.unlink()
     said.clear()
-    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2, say=said.append) == 1
+    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2, say=said.append) == (1, 0)
     assert "shard-000001.npy is missing" in said[0]
     (tmp_path / "shard-000001.json").write_text("{")
     said.clear()
-    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2, say=said.append) == 1
+    assert TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2, say=said.append) == (1, 0)
     assert "has no readable shard-000001.json" in said[0]
 
 
@@ -105,6 +110,10 @@ def test_a_cache_of_something_else_is_refused(
     TeacherCache(tmp_path, teacher, corpus, SHARD)
     with pytest.raises(InputError, match="holds embeddings of something else \\(shard_size is 5, expected 6\\)"):
         TeacherCache(tmp_path, teacher, corpus, SHARD + 1)
+    otherwise = SimpleNamespace(name=teacher.name, digest=teacher.digest, geometry=teacher.geometry)
+    otherwise.pixels = dataclasses.replace(teacher.pixels, mean=(1.0, 2.0, 3.0))
+    with pytest.raises(InputError, match="teacher_input_sha256 is"):
+        TeacherCache(tmp_path, otherwise, corpus, SHARD)
     teacher.digest = "other"
     with pytest.raises(InputError, match="teacher_sha256 is"):
         TeacherCache(tmp_path, teacher, corpus, SHARD)
@@ -117,13 +126,61 @@ def test_a_cache_of_something_else_is_refused(
         TeacherCache(tmp_path / "other", teacher, corpus, SHARD)
 
 
-def test_loader_processes_map_it_themselves(photographs: Path, teacher: Counting, tmp_path: Path) -> None:
+def test_loader_processes_read_it_themselves(photographs: Path, teacher: Counting, tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, teacher, Corpus([photographs]), SHARD)
     cache.fill(3)
     wanted = cache[3].copy()
     copy = pickle.loads(pickle.dumps(cache))
     assert len(pickle.dumps(cache)) < 20_000
     assert np.array_equal(copy[3], wanted)
+
+
+def test_a_pass_stops_between_shards_and_goes_on(photographs: Path, teacher: Counting, tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, teacher, Corpus([photographs]), SHARD)
+    assert cache.fill(2, stop=lambda: True) == (1, 2)
+    assert teacher.asked == SHARD
+    assert cache.fill(2) == (2, 0)
+
+
+def test_reading_leaves_no_shard_mapped(photographs: Path, teacher: Counting, tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, teacher, Corpus([photographs]), SHARD)
+    cache.fill(3)
+    held = [cache[i] for i in range(3 * SHARD - 3)]
+    assert len(held) == 12
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_another_processs_check_is_trusted(photographs: Path, teacher: Counting, tmp_path: Path) -> None:
+    corpus = Corpus([photographs])
+    TeacherCache(tmp_path, teacher, corpus, SHARD).fill(2)
+    (tmp_path / "shard-000001.json").unlink()
+    cache = TeacherCache(tmp_path, teacher, corpus, SHARD)
+    with pytest.raises(CheckpointError, match=r"shard-000001\.npy is missing"):
+        cache[SHARD]
+    cache.trust()
+    assert cache[SHARD].shape == cache.key.shape
+
+
+def test_one_run_at_a_time_fills_a_cache(
+    photographs: Path, teacher: Counting, tmp_path: Path, holding: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    cache = TeacherCache(tmp_path, teacher, Corpus([photographs]), SHARD)
+    others, said, entered = tmp_path / ".unfinished-others.npy", Queue[str](), Event()
+
+    def fill() -> None:
+        with cache.alone(said.put):
+            entered.set()
+
+    with holding(tmp_path):
+        others.touch()
+        waiting = Thread(target=fill)
+        waiting.start()
+        assert said.get(timeout=60) == f"another run computes embeddings in {tmp_path}: waiting for it"
+        assert others.exists()
+        assert not entered.is_set()
+    waiting.join(60)
+    assert entered.is_set()
+    assert not others.exists(), "what a killed run left goes"
 
 
 def test_an_overflowing_teacher_and_a_damaged_image_are_named(

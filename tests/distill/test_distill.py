@@ -24,6 +24,7 @@ import timm
 from PIL import Image
 
 from edgesam_deploy.cli import main
+from edgesam_deploy.distill import objectives
 from edgesam_deploy.distill.agreement import BOXES, CLICKS
 from edgesam_deploy.distill.corpus import Corpus
 from edgesam_deploy.distill.objectives import embedding_loss
@@ -77,7 +78,7 @@ def test_a_student_learns_and_keeps_the_decoder(
     assert [int(r["step"]) for r in checks] == [20, 40, 60]
     assert float(checks[-1]["cosine"]) > float(checks[0]["cosine"])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "cache", "checks.csv", "log.csv", "run.json", "samples", "student.pt",
+        ".lock", "cache", "checks.csv", "log.csv", "run.json", "samples", "student.pt",
     ]  # fmt: skip
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert record["agreement"] == found["agreement"]
@@ -259,6 +260,22 @@ def test_a_damaged_image_is_one_line_from_any_process(words: list[str], tmp_path
     assert re.fullmatch(r"error: \S+/images/2\.png is not a readable image: .*", lines[0])
 
 
+@pytest.mark.parametrize("what", ["image", "loss"])
+def test_a_process_that_fails_ends_and_its_loader_too(words: list[str], tmp_path: Path, what: str) -> None:
+    if what == "image":
+        (tmp_path / "images").mkdir()
+        for number in range(4):
+            Image.new("RGB", (40, 30), (50 * number, 9, 9)).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "images" / "2.png").write_bytes(b"no image")
+        words[words.index("--images") + 1] = str(tmp_path / "images")
+    more = ["--lr", "1e9", "--ema", "0"] if what == "loss" else []
+    command = [sys.executable, "-m", "edgesam_deploy", "distill", *words, *more, "--on-the-fly", "--workers", "1"]
+    done = subprocess.run([*command, "-o", tmp_path / "out"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert ("2.png is not a readable image" if what == "image" else "start again with a lower --lr") in line
+
+
 def test_damaged_images_can_be_left_out(words: list[str], tmp_path: Path, photographs: Path) -> None:
     """And then the run is that of the others alone."""
     shutil.copytree(photographs, tmp_path / "images")
@@ -275,7 +292,47 @@ def test_damaged_images_can_be_left_out(words: list[str], tmp_path: Path, photog
     assert answer(*words, "-o", tmp_path / "others")["sha256"] == json.loads(result.stdout)["sha256"]
 
 
+def test_another_run_does_not_replace_a_finished_one(words: list[str], tmp_path: Path) -> None:
+    done = answer(*words, "-o", tmp_path)
+    log = (tmp_path / "log.csv").read_bytes()
+    result = run(*words, "-o", tmp_path, "--epochs", 3)
+    assert result.exit_code == 2
+    assert "holds a finished run with other options, images, teacher or student (its options" in result.stderr
+    assert (sha256_file(tmp_path / "student.pt"), (tmp_path / "log.csv").read_bytes()) == (done["sha256"], log)
+
+
+def test_a_time_limit_in_the_teachers_pass(words: list[str], tmp_path: Path) -> None:
+    stopped = run(*words, "-o", tmp_path / "out", "--max-hours", 1e-9)
+    assert stopped.exit_code == 0, stopped.output
+    assert "stopped at the time limit in the teacher's pass, 1 shards further, 2 to go" in stopped.stderr
+    assert stopped.stdout == "stopped at the time limit: the same command goes on\n"
+    assert sorted(p.name for p in (tmp_path / "out" / "cache").glob("*.npy")) == ["shard-000000.npy"]
+    limited = answer(*words, "-o", tmp_path / "out", "--max-hours", 1e-9)
+    assert (limited["finished"], limited["step"], limited["checkpoint"]) == (False, 0, None)
+    assert answer(*words, "-o", tmp_path / "out")["sha256"] == answer(*words, "-o", tmp_path / "whole")["sha256"]
+
+
+def test_two_runs_do_not_share_a_folder(words: list[str], tmp_path: Path, holding: Any) -> None:
+    with holding(tmp_path):
+        refused = run(*words, "-o", tmp_path)
+    assert refused.exit_code == 2
+    assert f"another run is at work in {tmp_path}: wait for it, or give another -o" in refused.stderr
+    assert answer(*words, "-o", tmp_path)["finished"]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a finite loss: the slope of the root at 0 is infinite."""
+    monkeypatch.setattr(objectives, "embedding_loss", lambda kind, mine, theirs: (mine - mine.detach()).sum().sqrt())
+    result = run(*words, "-o", tmp_path, "--save-every", 0)
+    assert result.exit_code == 1
+    assert "the gradient is nan at step 0: start again with a lower --lr" in result.stderr
+    assert not (tmp_path / "state.pt").exists()
+
+
 def test_another_runs_state_is_refused(words: list[str], tmp_path: Path) -> None:
+    words.append("--on-the-fly")  # a teacher's pass would be stopped first
     answer(*words, "-o", tmp_path, "--max-hours", 1e-9)
     result = run(*words, "-o", tmp_path, "--lr", 1e-3)
     assert result.exit_code == 1

@@ -131,6 +131,10 @@ def test_the_same_again_and_what_the_command_says(
     for before in (pruned.recipe, pruned.checkpoint):
         assert (tmp_path / before.name).read_bytes() == before.read_bytes()
     assert re.search(r"MACs, G +0\.250 +0\.17\d +30\.\d %", result.stdout)
+    other = run(tiny_recipe, "--checkpoint", checkpoint, "-o", tmp_path, "--importance", "random")
+    assert other.exit_code == 2
+    assert "tiny_pruned30.toml is not of this pruning" in other.stderr
+    assert (tmp_path / "tiny_pruned30.pt").read_bytes() == pruned.checkpoint.read_bytes()
     recovery = (
         f"recover it: sam-export distill {tmp_path}/tiny_pruned30.toml --teacher {tiny_recipe} "
         f"--checkpoint {checkpoint} --init {tmp_path}/tiny_pruned30.pt --images"
