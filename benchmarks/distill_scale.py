@@ -1,7 +1,7 @@
 """Memory and speed of ``sam-export distill`` at 1,000 and at 10,000 images, and what they mean for SA-1B's 11 million.
 
     python benchmarks/distill_scale.py --images DIR [--images DIR ...] [--student RECIPE] [--teacher reference]
-        [--parts listing loading pass cached fly] [--updates 24]
+        [--parts listing loading pass cached fly whole] [--updates 24]
 
 200 of the images, evenly over all, are linked again and again under new names until there are 1,000, or 10,000: for the
 process they are that many, and since image i and image i + 200 are the same, shard n and shard n + 10 of the teacher's
@@ -11,10 +11,12 @@ are checked and which are opened like any other.
 listing: seconds and memory of finding the images, up to 100,000, and of a tar file. loading: images one core decodes
 and resizes in a second, as they are and at SA-1B's size. pass: the teacher over the first 200 images of 1,000 and of
 10,000, then killed. cached, fly: as many updates at 1,000 as at 10,000, from the cache and with the teacher beside.
-Resident memory of the process and of its loader process is read ten times a second; steady: the median over the second
-half of the work. Parts run apart, each replaces its own section of benchmarks/results/distill/scale.json; the
+whole: what grows with the images read, at 128 pixels, where there is time for it: the teacher over all of them and an
+epoch from its cache, of which nothing is linked but the images; and an epoch with the teacher beside. Resident memory
+of the process and of its loader process is read ten times a second; steady: the median over the second half of the
+work. Parts run apart, each replaces its own section of benchmarks/results/distill/scale.json; the
 projections are made anew whenever the sections they need are there. Work folder: engines/.distill-scale, which cached
-needs from pass. On a quiet machine with two cores: listing and loading 1 minute, each other part 2 to 3 minutes.
+needs from pass. On a quiet machine with two cores: listing and loading 1 minute, whole 10, each other part 2 to 3.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import tarfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,8 @@ BASE, SHARD, SIZES, LISTED = 200, 20, (1_000, 10_000), (1_000, 10_000, 100_000)
 SA1B_HW, SA1B_QUALITY, ENLARGED = (1500, 2250), 90, 8
 # Updates that are not counted for speed: memory is taken and kernels are chosen.
 WARMUP, BATCH, HELD = 4, 4, 8
+# Of the part whole: pixels, and images of an update.
+SMALL, WHOLE_BATCH = 128, 16
 PUBLISHED = (("mobile_sam", "student_resnet18"),)
 
 
@@ -174,12 +179,38 @@ def _updates(options: argparse.Namespace, name: str, how: Callable[[int], list[o
     return compared(found)
 
 
+def whole(options: argparse.Namespace) -> dict[str, Any]:
+    """Every image once, by the shipped reference model at another size."""
+    pair = [write_recipe(WORK / f"{name}-{SMALL}.toml", SMALL, backbone)
+            for name, backbone in ((BACKBONE, BACKBONE), ("teacher", None))]  # fmt: skip
+    who = [pair[0], "--teacher", pair[1], "--checkpoint", WEIGHTS, "--batch", WHOLE_BATCH, "--epochs", 1]
+    found: dict[str, dict[str, Any]] = {"cached": {}, "fly": {}}
+    for way, size in product(found, SIZES):
+        output = fresh(f"whole-{way}")
+        run = [*who, *common(options, size), "--workers", 1, "-o", output]
+        run += ["--on-the-fly"] if way == "fly" else []
+        started = time.monotonic()
+        samples = _watched(run, partial(updates_in, output))
+        updates = len(rows(output / "log.csv"))
+        if updates != (size - HELD) // WHOLE_BATCH:
+            sys.exit(f"an epoch of {size} images ended after {updates} updates")
+        before = [sample.resident for sample in samples if not sample.done]
+        found[way][str(size)] = {**summary(samples, updates), "before_updates_mb": max(before), "updates": updates,
+                                 "seconds": time.monotonic() - started}  # fmt: skip
+    return {way: compared(at, ("before_updates", "peak", "steady")) for way, at in found.items()}
+
+
 def words(options: argparse.Namespace, size: int) -> list[object]:
-    """What the runs have in common. Nothing is saved or validated on the way, so that equal work is compared."""
+    """What the runs of ``options``' teacher and student have in common."""
     weights = ["--checkpoint", WEIGHTS] if options.teacher == "reference" else []
-    return [student_recipe(options), "--teacher", options.teacher, *weights, "--images", links(options.images, size),
-            "--batch", BATCH, "--held", HELD, "--threads", options.threads, "--shard-size", SHARD, "--log-every", 1,
-            "--check-every", 1_000_000, "--save-every", 1_000_000, "--device", "cpu"]  # fmt: skip
+    return [student_recipe(options), "--teacher", options.teacher, *weights, "--batch", BATCH, *common(options, size)]
+
+
+def common(options: argparse.Namespace, size: int) -> list[object]:
+    """Nothing is saved or validated on the way, so that equal work is compared."""
+    return ["--images", links(options.images, size), "--held", HELD, "--threads", options.threads, "--shard-size",
+            SHARD, "--log-every", 1, "--check-every", 1_000_000, "--save-every", 1_000_000,
+            "--device", "cpu"]  # fmt: skip
 
 
 def images_in(cache: Path) -> int:
@@ -214,9 +245,9 @@ def _watched(run: Sequence[object], done: Callable[[], int], stop: int | None = 
     return samples
 
 
-def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def compared(found: dict[str, dict[str, Any]], names: Sequence[str] = ("peak", "steady")) -> dict[str, Any]:
     small, large = (found[str(size)] for size in SIZES)
-    ratios = {name: large[f"{name}_mb"] / small[f"{name}_mb"] for name in ("peak", "steady")}
+    ratios = {name: large[f"{name}_mb"] / small[f"{name}_mb"] for name in names}
     return {"at": found, "ratio": ratios}
 
 
@@ -245,6 +276,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "pass": teacher_pass,
     "cached": cached,
     "fly": fly,
+    "whole": whole,
 }
 
 
@@ -258,6 +290,14 @@ def describe(name: str, section: dict[str, Any]) -> list[str]:
             f"a core loads {how}, {one['mean_megapixels']:.1f} megapixels: {one['decoded_per_core_s']:.0f} decoded, "
             f"{one['ready_per_core_s']:.0f} decoded and resized a second"
             for how, one in section.items()
+        ]
+    if name == "whole":
+        return [
+            f"every image once, {way}: {SIZES[1]} images take "
+            + ", ".join(f"{ratio:.3f} ({kind})" for kind, ratio in one["ratio"].items())
+            + f" of the memory of {SIZES[0]}; "
+            + ", ".join(f"steady {at['steady_mb']:.0f} MB, {at['seconds']:.0f} s" for at in one["at"].values())
+            for way, one in section.items()
         ]
     head = [f"{name}: {SIZES[1]} images take {section['ratio']['peak']:.3f} of the memory of {SIZES[0]} at the peak, "
             f"{section['ratio']['steady']:.3f} steadily"]  # fmt: skip

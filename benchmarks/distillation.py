@@ -139,15 +139,18 @@ def call(work: Path, threads: int, *words: str) -> Any:
 
 
 def prune(teacher: Teacher, work: Path, share: float, threads: int) -> dict[str, Any]:
-    """The pruned teacher: its folder is made once."""
-    folder = work / f"pruned-{share}"
+    """The pruned teacher: its folder is made once. Raises RuntimeError where it is of other weights."""
+    folder, weights = work / f"pruned-{share}", sha256_file(teacher.source)
     report = folder / "prune.json"
     if not report.is_file():
         found = call(
             work, threads, "prune", *teacher.given("", "--checkpoint"), "--ratio", str(share), "-o", folder.name
         )
-        write_json(report, {k: v for k, v in found.items() if k not in ("recipe", "checkpoint")})
+        kept = {k: v for k, v in found.items() if k not in ("recipe", "checkpoint")}
+        write_json(report, {**kept, "teacher_sha256": weights})
     content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    if content.get("teacher_sha256") != weights:
+        raise RuntimeError(f"{folder} was pruned out of other weights: give another --work")
     return content
 
 

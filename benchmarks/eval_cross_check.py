@@ -1,10 +1,12 @@
 """An independent second opinion on ``sam-export eval``: NanoSAM's rule on COCO boxes, by other people's code.
 
     python benchmarks/eval_cross_check.py BUNDLE instances.json [--images DIR] [--eval eval.json] [--limit N]
+        [--output FILE]
 
 Images, annotations and masks come from pycocotools' ``COCO`` and ``annToMask``, the IoU from ``pycocotools.mask.iou``,
 and the masks from the public ``Predictor`` alone: of the answers to each box the one of the highest predicted IoU.
-With --eval the mIoU must be that of the file's "box, by predicted IoU" to 1e-6; exit code 1 if it is not.
+With --eval the mIoU must be that of the file's "box, by predicted IoU" to 1e-6; exit code 1 if it is not. --output:
+what came out, with that file's figures for boxes; benchmarks/results/distill/cross-check.json is of the shipped bundle.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ import contextlib
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from edgesam_deploy import load_bundle, read_image
+from edgesam_deploy.files import write_json
 
 
 def main() -> None:
@@ -30,6 +35,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--eval", type=Path)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--output", type=Path, help="with --eval")
     arguments = parser.parse_args()
     with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
         coco = COCO(str(arguments.annotations))
@@ -54,8 +60,25 @@ def main() -> None:
         (row,) = (r for r in rows if (r["prompt"], r["answer"]) == ("box", "by predicted IoU"))
         difference = abs(row["miou"] - float(np.mean(ious)))
         print(f"{arguments.eval}: {row['count']} masks, mIoU {row['miou']:.9f}, difference {difference:.1e}")
+        if arguments.output is not None:
+            write_json(arguments.output, result(ious, difference, rows, arguments))
         if row["count"] != len(ious) or difference > 1e-6:
             sys.exit("they differ")
+
+
+def result(
+    ious: list[float], difference: float, rows: list[dict[str, Any]], given: argparse.Namespace
+) -> dict[str, Any]:
+    kept = ("prompt", "answer", "count", "miou", "interval")
+    return {
+        "checkpoint_sha256": load_bundle(given.bundle).manifest["checkpoint_sha256"],
+        "bundle": given.bundle.name,
+        "masks": len(ious),
+        "pycocotools": float(np.mean(ious)),
+        "difference": difference,
+        "eval": [{name: row[name] for name in kept} for row in rows if row["prompt"] == "box"],
+        "versions": {name: version(name) for name in ("pycocotools", "onnxruntime")},
+    }
 
 
 if __name__ == "__main__":

@@ -165,26 +165,33 @@ def quality() -> list[str]:
         "shipped reference": read("reference-quality"),
         "an earlier one, HGNetV2-B0 without ImageNet": read("earlier-quality"),
     }
-    header = ["mIoU against ground truth", "COCO val, true box", "small", "medium", "large", "BSDS test, one click"]
+    header = ["mIoU against ground truth", "COCO val, true box", "small", "medium", "large", "BSDS test, one click",
+              "ECSSD val, true box", "DAVIS, true box"]  # fmt: skip
+    boxes = [("coco-subset", "GT box", "single", group) for group in ("all", "small", "medium", "large")]
+    others = [("bsds500", "centre click", "best of 3", "60 images"), ("ecssd", "GT box", "single", "all"),
+              ("davis-frames", "GT box", "single", "mean per sequence")]  # fmt: skip
     rows = []
     for name, source in sources.items():
-        figures = {(f["pack"], f["prompt"], f["answer"], f["group"]): f["miou"] for f in source["figures"]}
-        boxes = [figures["coco-subset", "GT box", "single", g] for g in ("all", "small", "medium", "large")]
-        click = figures["bsds500", "centre click", "best of 3", "60 images"]
-        rows.append([name, *(f"{v:.3f}" for v in boxes), f"{click:.3f} (best of 3)"])
-    trivial = {(f["answer"], f["group"]): f["miou"] for f in sources["shipped reference"]["figures"]}
+        figures = {(f["pack"], f["prompt"], f["answer"], f["group"]): f for f in source["figures"]}
+        rows.append([name, *(_with_interval(figures[key]) for key in (*boxes, *others))])
+    trivials = {(f["answer"], f["group"]): f for f in sources["shipped reference"]["figures"]}
     for name in ("filled box", "inscribed ellipse"):
-        rows.append(
-            [f"no model: {name}", *(f"{trivial[name, g]:.3f}" for g in ("all", "small", "medium", "large")), "–"]
-        )
+        trivial = [_with_interval(trivials[name, group]) for *_, group in boxes]
+        rows.append([f"no model: {name}", *trivial, *["–"] * len(others)])
     return [
         "**The reference model is weak**: it was trained on a CPU from a few hundred images so that the whole path can "
         "be tried without a download. Use it to check your set-up, and MobileSAM or SAM for work. How it was trained: "
-        "`benchmarks/RESULTS.md`. Source: `benchmarks/results/cpu/reference-quality.json`, `earlier-quality.json`, "
+        "`benchmarks/RESULTS.md`. In brackets 95 % intervals, by resampling images; of one click the best of three "
+        "masks. Source: `benchmarks/results/cpu/reference-quality.json`, `earlier-quality.json`, "
         "`reference_quality.py`.",
         "",
         *table(header, rows),
     ]
+
+
+def _with_interval(figure: dict[str, Any]) -> str:
+    ends = figure.get("interval")
+    return f"{figure['miou']:.3f}" + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else "")
 
 
 def audit() -> list[str]:
@@ -319,6 +326,7 @@ IN_RESULTS = (
     readme_experiments.experiments,
     readme_students.students,
     readme_experiments.encoding,
+    readme_distill.cross_check,
     readme_distill.proof,
     readme_distill.scale,
     readme_families.families,

@@ -10,6 +10,11 @@ FOLDER = RESULTS / "distill"
 WORK = {"pass": "teacher's pass", "cached": "updates from the cache", "fly": "updates, teacher beside"}
 
 
+# Of the part that reads every image.
+WHOLE = {"cached": "all images: teacher's pass, then an epoch from the cache", "fly": "an epoch, teacher beside"}
+KINDS = {"before_updates": "peak of the pass", "peak": "peak", "steady": "steady"}
+
+
 def read(name: str) -> dict[str, Any]:
     path = FOLDER / f"{name}.json"
     return load(path) if path.is_file() else {}
@@ -60,10 +65,26 @@ def _equal(one: str, other: str) -> str:
     return "equal byte for byte" if one == other else "not equal"
 
 
+def cross_check() -> list[str]:
+    """The evaluator and an independent one, of the shipped bundle."""
+    found = read("cross-check")
+    if not found:
+        return []
+    (rule,) = (row for row in found["eval"] if row["answer"] == "by predicted IoU")
+    weights = found["checkpoint_sha256"]
+    earlier = of_earlier("The model", weights=weights)
+    return [
+        f"**`sam-export eval` beside pycocotools**, NanoSAM's rule (true box, of all masks that with the highest "
+        f"predicted IoU) on {found['masks']} objects of coco-subset/val, bundle `{found['bundle']}` of weights "
+        f"{weights[:8]}…: {rule['miou']:.9f} and {found['pycocotools']:.9f}, {found['difference']:.1e} apart. "
+        f"{earlier}Source: `benchmarks/results/distill/cross-check.json`, `eval_cross_check.py`.",
+    ]
+
+
 def scale() -> list[str]:
     """Memory at two sizes, speed, and what it would take elsewhere."""
     found = read("scale")
-    if not {*WORK, "listing", "loading", "projection", "epoch_seconds"} <= found.keys():
+    if not {*WORK, "whole", "listing", "loading", "projection", "epoch_seconds"} <= found.keys():
         return []
     return [*_memory(found), "", *_listing(found), "", *_speed(found), "", *_projection(found)]
 
@@ -75,12 +96,20 @@ def _memory(found: dict[str, Any]) -> list[str]:
         for kind in ("peak", "steady"):
             values = [f"{one[f'{kind}_mb']:.0f} ({one[f'workers_{kind}_mb']:.0f})" for one in at.values()]
             rows.append([title, kind, *values, f"{100 * (ratio[kind] - 1):+.1f} %"])
+    for way, title in WHOLE.items():
+        at, ratio = found["whole"][way]["at"], found["whole"][way]["ratio"]
+        for kind, name in KINDS.items():
+            if (way, kind) != ("fly", "before_updates"):
+                values = [f"{one[f'{kind}_mb']:.0f}" for one in at.values()]
+                rows.append([title, name, *values, f"{100 * (ratio[kind] - 1):+.1f} %"])
     origin, sizes = found["cached"]["origin"], [f"{int(size):,} images" for size in found["cached"]["at"]]
     return [
         f"**Memory of `sam-export distill` by the number of images**, MB resident, of them loader processes in "
-        f"brackets; teacher `{origin['teacher']}`, student `{origin['student']}`, equal work at both. "
+        f"brackets; teacher `{origin['teacher']}`, student `{origin['student']}`, equal work at both; and with every "
+        "image read once, at 128 pixels. "
         f"{of_earlier('The teacher', weights=origin['teacher_weights_sha256'])}The images are "
-        f"{origin['images_linked']}, linked under new names until there are so many, and their shards likewise. "
+        f"{origin['images_linked']}, linked under new names until there are so many, and their shards likewise where "
+        "the work is equal. "
         "Source: `benchmarks/results/distill/scale.json`, `distill_scale.py`.",
         "",
         *table(["work", "", *sizes, "more"], rows),

@@ -5,7 +5,8 @@
 DIR holds the evaluation packs (coco-subset, bsds500, ecssd, davis-frames). mIoU is the mean over masks of the IoU at
 the original image size. Prompts: "GT box", the tight box of the true mask; "centre click", one foreground point at the
 pixel of the true mask farthest from its border. Answers: "single", mask 0; "best of 3", the candidate (masks 1-3)
-closest to the truth; "by predicted IoU", the candidate that the model itself ranks first.
+closest to the truth; "by predicted IoU", the candidate that the model itself ranks first. interval: 95 % of the mIoU by
+resampling the images, or DAVIS's sequences.
 
 ``sam-export eval`` measures the same of any model, with --tight-boxes for these boxes. Its clicks are at the pixel of
 the largest Euclidean distance, here at the last to survive erosion by squares, as in the committed results.
@@ -31,6 +32,7 @@ from edgesam_deploy.images import read_image
 from edgesam_deploy.masks import MASK_THRESHOLD, decode_segmentation, mask_iou, tight_box
 from edgesam_deploy.measure.accuracy import size_class
 from edgesam_deploy.measure.protocol import BASELINES, ELLIPSE, fill
+from edgesam_deploy.measure.quality import bootstrap
 from edgesam_deploy.models import reference_predictor
 from edgesam_deploy.models.checkpoint import load_model
 from edgesam_deploy.predictor import Predictor
@@ -38,8 +40,10 @@ from edgesam_deploy.prompts import check_prompts
 from edgesam_deploy.recipe import PACKAGE, load_recipe
 
 Mask = NDArray[np.bool_]
-# Name of an answer or of a group of masks -> IoU of each mask.
+# Name of an answer -> IoU of each mask.
 Ious = dict[str, list[float]]
+# What is resampled together, an image or a sequence, and the IoU of one of its masks.
+Found = list[tuple[str, float]]
 CHUNK = 16
 BSDS_IMAGES = 60
 BSDS_MIN_SHARE = 0.005
@@ -60,7 +64,9 @@ def main() -> None:
         print(f"measuring {name}", file=sys.stderr)
         figures += measure(predictor, arguments.data)
     for figure in figures:
-        print("{pack:14} {split:5} {prompt:13} {answer:18} {group:16} n={count:<5} mIoU {miou:.4f}".format(**figure))
+        ends = "({:.3f}-{:.3f})".format(*figure["interval"])
+        told = "{pack:14} {split:5} {prompt:13} {answer:18} {group:16} n={count:<5} mIoU {miou:.4f}".format(**figure)
+        print(told, ends)
     origin = {
         "weights_sha256": sha256_file(arguments.weights),
         "image_size": recipe.geometry.image_size,
@@ -76,7 +82,7 @@ def main() -> None:
 
 def coco(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
     """GT boxes on coco-subset/val without crowds, by size and by the kind of annotation; and two baselines."""
-    answers: dict[str, Ious] = defaultdict(lambda: defaultdict(list))
+    answers: dict[str, dict[str, Found]] = defaultdict(lambda: defaultdict(list))
     for path, objects_in, truths in coco_objects(data, "val"):
         predictor.set_image(read_image(path))
         ious = ask(predictor, truths, box=True)
@@ -85,7 +91,7 @@ def coco(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
         for answer, values in ious.items():
             for annotation, iou in zip(objects_in, values, strict=True):
                 for group in ("all", size_class(annotation["area"]), annotation["source"]):
-                    answers[answer][group].append(iou)
+                    answers[answer][group].append((path.name, iou))
     return [row("coco-subset", "val", "GT box", a, g, v) for a, groups in answers.items() for g, v in groups.items()]
 
 
@@ -102,7 +108,7 @@ def coco_objects(data: Path, split: str) -> Iterator[tuple[Path, list[dict[str, 
 
 def bsds(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
     """Centre clicks in the regions that annotators of bsds500/test drew, the first images by name."""
-    answers: Ious = defaultdict(list)
+    answers: dict[str, Found] = defaultdict(list)
     for path in sorted((data / "bsds500" / "test").glob("*.jpg"))[:BSDS_IMAGES]:
         predictor.set_image(read_image(path))
         truths = []
@@ -111,7 +117,7 @@ def bsds(predictor: Predictor, data: Path) -> list[dict[str, Any]]:
             regions = [labels == k for k in np.unique(labels)]
             truths += [r for r in regions if r.mean() >= BSDS_MIN_SHARE]
         for answer, values in ask(predictor, truths, box=False).items():
-            answers[answer] += values
+            answers[answer] += [(path.name, iou) for iou in values]
     return [row("bsds500", "test", "centre click", a, f"{BSDS_IMAGES} images", v) for a, v in answers.items()]
 
 
@@ -134,7 +140,7 @@ def objects(predictor: Predictor, data: Path, pack: str, by_sequence: bool) -> l
                 answers[prompt, answer][path.stem.rpartition("_")[0] if by_sequence else path.stem] += values
     group = "mean per sequence" if by_sequence else "all"
     return [
-        row(pack, "val", prompt, answer, group, [float(np.mean(v)) for v in groups.values()])
+        row(pack, "val", prompt, answer, group, [(name, float(np.mean(v))) for name, v in groups.items()])
         for (prompt, answer), groups in answers.items()
     ]
 
@@ -176,9 +182,12 @@ def centre(mask: Mask) -> tuple[float, float]:
     return float(xs[nearest]), float(ys[nearest])
 
 
-def row(pack: str, split: str, prompt: str, answer: str, group: str, ious: list[float]) -> dict[str, Any]:
+def row(pack: str, split: str, prompt: str, answer: str, group: str, found: Found) -> dict[str, Any]:
+    names, ious = zip(*found, strict=True)
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    interval = bootstrap(np.array(ious), np.array([number_of[name] for name in names]), by_group=False)
     return {"pack": pack, "split": split, "prompt": prompt, "answer": answer, "group": group, "count": len(ious),
-            "miou": round(float(np.mean(ious)), 4)}  # fmt: skip
+            "miou": round(float(np.mean(ious)), 4), "interval": [round(end, 4) for end in interval]}  # fmt: skip
 
 
 if __name__ == "__main__":

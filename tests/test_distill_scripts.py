@@ -157,7 +157,8 @@ def test_a_damaged_cache_is_proven_to_be_made_again(script: Any, tmp_path: Path)
 def test_scale_on_a_few_images(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pass leaves what its cached updates take, and the shards of linked images are taken for whole."""
     module = script("distill_scale")
-    values = {"WORK": tmp_path, "BASE": 8, "SHARD": 2, "SIZES": (8, 16), "HELD": 2, "WARMUP": 1, "BATCH": 1}
+    values = {"WORK": tmp_path, "BASE": 8, "SHARD": 2, "SIZES": (8, 16), "HELD": 2, "WARMUP": 1, "BATCH": 1,
+              "WHOLE_BATCH": 2}  # fmt: skip
     for name, value in values.items():
         monkeypatch.setattr(module, name, value)
     options = argparse.Namespace(images=[PHOTOS], student=None, teacher="reference", updates=3, threads=1)
@@ -170,3 +171,8 @@ def test_scale_on_a_few_images(script: Any, tmp_path: Path, monkeypatch: pytest.
     assert len(list((tmp_path / "cache-16").glob("shard-*.npy"))) == 8
     record = json.loads((tmp_path / "run-cached" / "run.json").read_text(encoding="utf-8"))
     assert (record["images"], record["step"], record["finished"]) == (16, 3, True)
+    third = module.whole(options)
+    assert third.keys() == {"cached", "fly"}
+    assert [one["updates"] for one in third["cached"]["at"].values()] == [3, 7], "every image but two, two at a time"
+    assert third["cached"]["ratio"].keys() == {"before_updates", "peak", "steady"}
+    assert len(module.describe("whole", third)) == 2
