@@ -11,8 +11,9 @@ are checked and which are opened like any other.
 listing: seconds and memory of finding the images, up to 100,000, and of a tar file. loading: images one core decodes
 and resizes in a second, as they are and at SA-1B's size. pass: the teacher over the first 200 images of 1,000 and of
 10,000, then killed. cached, fly: as many updates at 1,000 as at 10,000, from the cache and with the teacher beside.
-whole: what grows with the images read, at 128 pixels, where there is time for it: the teacher over all of them and an
-epoch from its cache, of which nothing is linked but the images; and an epoch with the teacher beside. Resident memory
+whole: what grows with the images read, at 128 pixels and of small copies of the images, where there is time for it: the
+teacher over all of them and an epoch from its cache, of which nothing is linked but the images; and an epoch with the
+teacher beside. Resident memory
 of the process and of its loader process is read ten times a second; steady: the median over the second half of the
 work. Parts run apart, each replaces its own section of benchmarks/results/distill/scale.json; the
 projections are made anew whenever the sections they need are there. Work folder: engines/.distill-scale, which cached
@@ -183,11 +184,18 @@ def whole(options: argparse.Namespace) -> dict[str, Any]:
     """Every image once, by the shipped reference model at another size."""
     pair = [write_recipe(WORK / f"{name}-{SMALL}.toml", SMALL, backbone)
             for name, backbone in ((BACKBONE, BACKBONE), ("teacher", None))]  # fmt: skip
-    who = [pair[0], "--teacher", pair[1], "--checkpoint", WEIGHTS, "--batch", WHOLE_BATCH, "--epochs", 1]
+    who = [pair[0], "--teacher", pair[1], "--checkpoint", WEIGHTS, "--batch", WHOLE_BATCH, "--teacher-batch",
+           WHOLE_BATCH, "--epochs", 1]  # fmt: skip
+    small = WORK / "small"
+    small.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(chosen(options.images)):
+        image = Image.fromarray(read_image(path))
+        image.thumbnail((SMALL, SMALL))
+        image.save(small / f"{number:03d}.jpg", quality=95)
     found: dict[str, dict[str, Any]] = {"cached": {}, "fly": {}}
     for way, size in product(found, SIZES):
         output = fresh(f"whole-{way}")
-        run = [*who, *common(options, size), "--workers", 1, "-o", output]
+        run = [*who, *common(options, [small], size), "--workers", 1, "-o", output]
         run += ["--on-the-fly"] if way == "fly" else []
         started = time.monotonic()
         samples = _watched(run, partial(updates_in, output))
@@ -203,12 +211,13 @@ def whole(options: argparse.Namespace) -> dict[str, Any]:
 def words(options: argparse.Namespace, size: int) -> list[object]:
     """What the runs of ``options``' teacher and student have in common."""
     weights = ["--checkpoint", WEIGHTS] if options.teacher == "reference" else []
-    return [student_recipe(options), "--teacher", options.teacher, *weights, "--batch", BATCH, *common(options, size)]
+    return [student_recipe(options), "--teacher", options.teacher, *weights, "--batch", BATCH,
+            *common(options, options.images, size)]  # fmt: skip
 
 
-def common(options: argparse.Namespace, size: int) -> list[object]:
+def common(options: argparse.Namespace, folders: Sequence[Path], size: int) -> list[object]:
     """Nothing is saved or validated on the way, so that equal work is compared."""
-    return ["--images", links(options.images, size), "--held", HELD, "--threads", options.threads, "--shard-size",
+    return ["--images", links(folders, size), "--held", HELD, "--threads", options.threads, "--shard-size",
             SHARD, "--log-every", 1, "--check-every", 1_000_000, "--save-every", 1_000_000,
             "--device", "cpu"]  # fmt: skip
 

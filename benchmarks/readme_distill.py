@@ -106,7 +106,7 @@ def _memory(found: dict[str, Any]) -> list[str]:
     return [
         f"**Memory of `sam-export distill` by the number of images**, MB resident, of them loader processes in "
         f"brackets; teacher `{origin['teacher']}`, student `{origin['student']}`, equal work at both; and with every "
-        "image read once, at 128 pixels. "
+        "image read once, at 128 pixels, of small copies. "
         f"{of_earlier('The teacher', weights=origin['teacher_weights_sha256'])}The images are "
         f"{origin['images_linked']}, linked under new names until there are so many, and their shards likewise where "
         "the work is equal. "
