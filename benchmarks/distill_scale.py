@@ -13,11 +13,11 @@ and resizes in a second, as they are and at SA-1B's size. pass: the teacher over
 10,000, then killed. cached, fly: as many updates at 1,000 as at 10,000, from the cache and with the teacher beside.
 whole: what grows with the images read, at 128 pixels and of small copies of the images, where there is time for it: the
 teacher over all of them and an epoch from its cache, of which nothing is linked but the images; and an epoch with the
-teacher beside. Resident memory
-of the process and of its loader process is read ten times a second; steady: the median over the second half of the
-work. Parts run apart, each replaces its own section of benchmarks/results/distill/scale.json; the
-projections are made anew whenever the sections they need are there. Work folder: engines/.distill-scale, which cached
-needs from pass. On a quiet machine with two cores: listing and loading 1 minute, whole 10, each other part 2 to 3.
+teacher beside. Resident memory of the process and of its loader process is read ten times a second; steady: the median
+over the second half of the work. Parts run apart, each replaces its own section of
+benchmarks/results/distill/scale.json; the projections are made anew whenever the sections they need are there. Work
+folder: engines/.distill-scale, which cached needs from pass. On a quiet machine with two cores: listing and loading 1
+minute, whole 10, each other part 2 to 3.
 """
 
 from __future__ import annotations
