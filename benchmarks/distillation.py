@@ -110,7 +110,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "scratch": Experiment(
         "the same student and its decoder from random weights, on true masks alone", "finetune", 0.76, None, None,
-        ("--epochs", "0.7", "--batch", "2", "--prompts", "8", "--lr", "5e-4", "--warmup", "30", "--ema", "0.99"),
+        ("--epochs", "1.2", "--batch", "2", "--prompts", "8", "--lr", "5e-4", "--warmup", "30", "--ema", "0.99"),
     ),
     "recovery": Experiment(
         "the teacher less 30 % of its encoder's MACs, recovered by distillation", "distill", 0.3, None, "pruned",
